@@ -1,0 +1,266 @@
+"""config.yaml: one schema, every fault at once, each with its path and what to write instead.
+
+Keys carry their unit. There is no interpolation and no environment look-up: what the file says is
+what runs. Relative paths are taken from the folder of the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from daemon.errors import ConfigError
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+Name = Annotated[str, Field(pattern=_NAME)]
+_LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
+
+
+class Section(BaseModel):
+    """Strict: a key that is not in the schema is an error, and so is a number written as a string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Endpoint(Section):
+    """A socket the daemon binds. tcp speaks CURVE unless `plain` says otherwise, which only loopback may."""
+
+    bind: Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
+    plain: bool = False
+
+    @property
+    def uses_curve(self) -> bool:
+        return self.bind.startswith("tcp://") and not self.plain
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody beyond this machine could speak to it without a key."""
+        return self.plain and self.bind.startswith("tcp://") and not _LOOPBACK.match(self.bind)
+
+
+class Input(Endpoint):
+    kind: Literal["router", "pull"]
+
+
+class Results(Endpoint):
+    mask: bool = True
+    heatmap: bool = False
+    frame_on_reject: bool = True
+
+
+class Permits(Endpoint):
+    heartbeat_ms: Annotated[int, Field(ge=10, le=10_000)] = 100
+    lease_ms: Annotated[int, Field(ge=30, le=60_000)] = 300
+
+    @model_validator(mode="after")
+    def _lease_outlives_heartbeats(self) -> Permits:
+        if self.lease_ms < 2 * self.heartbeat_ms:
+            raise ValueError(
+                f"lease_ms is {self.lease_ms}, wanted at least twice heartbeat_ms ({self.heartbeat_ms}): "
+                "one lost heartbeat would stop the line"
+            )
+        return self
+
+
+class Control(Section):
+    bind: Annotated[str, Field(pattern=r"^ipc://.+")]
+
+
+class Metrics(Section):
+    bind: Annotated[str, Field(pattern=r"^[^/\s]+:\d{1,5}$")]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.bind.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+class Security(Section):
+    keys: Path = Path("keys")
+    insecure: bool = False
+
+
+class Engines(Section):
+    dir: Path = Path("engines")
+
+
+class Backend(Section):
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["f32", "bf16"] = "f32"
+    threads: Annotated[int, Field(ge=1, le=256)] = 2
+    hang_ms: Annotated[int, Field(ge=100, le=600_000)] = 5000
+
+
+class Camera(Section):
+    product: Name
+    mode: Literal["every-frame", "latest"] = "every-frame"
+    deadline_ms: Annotated[int, Field(ge=1, le=600_000)]
+    valid_ms: Annotated[int, Field(ge=1, le=600_000)]
+
+
+class Ledger(Section):
+    dir: Path = Path("run/ledger")
+    keep_days: Annotated[int, Field(ge=1)] = 90
+
+
+class Recorder(Section):
+    dir: Path = Path("run/rejects")
+    keep_gb: Annotated[float, Field(gt=0, strict=False)] = 20
+
+
+class Config(Section):
+    """The whole file. `load_config` makes one; nothing else should."""
+
+    version: Literal[1]
+    line: Name
+    inputs: Annotated[list[Input], Field(min_length=1)]
+    results: Results
+    permits: Permits
+    control: Control
+    metrics: Metrics | None = None
+    security: Security = Security()
+    engines: Engines = Engines()
+    backend: Backend = Backend()
+    queue_mb: Annotated[int, Field(ge=1, le=65_536)] = 256
+    cameras: Annotated[dict[Name, Camera], Field(min_length=1)]
+    ledger: Ledger = Ledger()
+    recorder: Recorder | None = Recorder()
+
+    @model_validator(mode="after")
+    def _nobody_walks_in(self) -> Config:
+        problems = []
+        for path, endpoint in self.endpoints():
+            if endpoint.is_open and not self.security.insecure:
+                problems.append(
+                    f"{path}: plain: true on {endpoint.bind}, which is not loopback: anybody who reaches it could "
+                    "send frames or take results; remove plain, or set security.insecure: true on a test bench"
+                )
+        binds = [endpoint.bind for _, endpoint in self.endpoints()] + [self.control.bind]
+        problems += [
+            f"{bind} is bound {binds.count(bind)} times" for bind in dict.fromkeys(binds) if binds.count(bind) > 1
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def endpoints(self) -> list[tuple[str, Endpoint]]:
+        """Every socket but control (ipc only), with its path in the file."""
+        inputs: list[tuple[str, Endpoint]] = [(f"inputs[{i}]", entry) for i, entry in enumerate(self.inputs)]
+        return [*inputs, ("results", self.results), ("permits", self.permits)]
+
+
+def load_config(path: Path) -> Config:
+    """Read and check `path`. Raises ConfigError with every problem in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), ["is not UTF-8 text"]) from error
+    return parse_config(text, str(path), path.resolve().parent)
+
+
+def parse_config(text: str, source: str, base: Path) -> Config:
+    """The configuration in `text`; relative paths are taken from `base`. Raises ConfigError."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [f"is not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(data, dict):
+        raise ConfigError(source, [f"holds a {type(data).__name__}, wanted keys (version, line, inputs, ...)"])
+    try:
+        config = Config.model_validate(_with_paths(data))
+    except ValidationError as error:
+        raise ConfigError(source, [_explain(fault) for fault in error.errors(include_url=False)]) from error
+    return _anchored(config, base)
+
+
+_PATH_KEYS = (("security", "keys"), ("engines", "dir"), ("ledger", "dir"), ("recorder", "dir"))
+
+
+def _with_paths(data: dict[Any, Any]) -> dict[Any, Any]:
+    """Strict pydantic wants Path objects where YAML has strings."""
+    copy = dict(data)
+    for section, key in _PATH_KEYS:
+        inner = copy.get(section)
+        if isinstance(inner, dict) and isinstance(inner.get(key), str):
+            copy[section] = {**inner, key: Path(inner[key])}
+    return copy
+
+
+def _anchored(config: Config, base: Path) -> Config:
+    """The same configuration with every relative path made absolute from the file's folder."""
+    update: dict[str, Any] = {}
+    for section, key in _PATH_KEYS:
+        part = getattr(config, section)
+        if part is not None:
+            update[section] = part.model_copy(update={key: base / getattr(part, key)})
+
+    def bound(part: Any) -> Any:
+        return part.model_copy(update={"bind": _anchored_bind(part.bind, base)})
+
+    update.update({name: bound(getattr(config, name)) for name in ("results", "permits", "control")})
+    update["inputs"] = [bound(entry) for entry in config.inputs]
+    return config.model_copy(update=update)
+
+
+def _anchored_bind(bind: str, base: Path) -> str:
+    scheme, _, rest = bind.partition("://")
+    return f"ipc://{base / rest}" if scheme == "ipc" and not rest.startswith("@") else bind
+
+
+def _explain(fault: Any) -> str:
+    """One line a person can act on: the path, what is wrong, what was found, what to write."""
+    location = [step for step in fault["loc"] if step != "[key]"]
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
+    kind, found = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(location)}"
+    if kind == "missing":
+        return f"{path}: is missing; it has no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: found {found!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _suggestion(location: list[Any]) -> str:
+    """A known key that looks like the misspelt one, or the known keys of its section."""
+    known = sorted(_known_keys(location[:-1]))
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _known_keys(section: list[Any]) -> list[str]:
+    model: Any = Config
+    for step in section:
+        if isinstance(step, int):
+            continue
+        if model is Config and step == "cameras":
+            model = dict
+        elif model is dict:
+            model = Camera
+        else:
+            model = _SECTIONS.get(str(step), Section)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "inputs": Input,
+    "results": Results,
+    "permits": Permits,
+    "control": Control,
+    "metrics": Metrics,
+    "security": Security,
+    "engines": Engines,
+    "backend": Backend,
+    "ledger": Ledger,
+    "recorder": Recorder,
+}

@@ -1,0 +1,207 @@
+"""The key folder: who may sign engines (Ed25519) and who may speak with the daemon (CURVE).
+
+    signing.key    Ed25519 private key, PEM, 0600      trusted.yaml  [{name, publicKey}]
+    server.yaml    the daemon's CURVE pair, 0600       peers.yaml    [{name, publicKey, roles, topics}]
+    NAME.peer.yaml one peer's CURVE pair and the server's public key, 0600: what is carried to that machine
+
+Secrets are written with 0600 from the first byte and refused when others can read them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import stat
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+import zmq
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from daemon.errors import ConfigError
+
+Role = Literal["camera", "subscriber", "bridge"]
+_Model = TypeVar("_Model")
+_Z85_KEY = Annotated[str, Field(min_length=40, max_length=40)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TrustedKey(_Strict):
+    """A key whose signature makes a bundle acceptable; `publicKey` is base64 of the 32 raw bytes."""
+
+    name: str
+    publicKey: str
+
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        try:
+            Ed25519PublicKey.from_public_bytes(base64.b64decode(self.publicKey, validate=True)).verify(
+                signature, message
+            )
+        except (InvalidSignature, ValueError, binascii.Error):
+            return False
+        return True
+
+
+class Peer(_Strict):
+    """Somebody who may connect: what they may be, and the topics (shell patterns) they may speak or hear on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    publicKey: _Z85_KEY
+    roles: Annotated[list[Role], Field(min_length=1)]
+    topics: list[str] = ["*"]
+
+    def may(self, role: Role, topic: str | None = None) -> bool:
+        return role in self.roles and (topic is None or any(fnmatchcase(topic, pattern) for pattern in self.topics))
+
+
+class CurvePair(_Strict):
+    publicKey: _Z85_KEY
+    secretKey: _Z85_KEY
+
+
+class PeerFile(CurvePair):
+    """What a peer's machine needs: its own pair and the server's public key."""
+
+    serverKey: _Z85_KEY
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """What the daemon needs to open its sockets."""
+
+    server: CurvePair
+    peers: tuple[Peer, ...]
+
+    def peer(self, public_key: str) -> Peer | None:
+        return next((peer for peer in self.peers if peer.publicKey == public_key), None)
+
+
+def load_keyring(folder: Path) -> Keyring:
+    """The server's pair and the peers. Raises ConfigError where one is missing, unreadable or open to others."""
+    server = _load(folder / "server.yaml", CurvePair, hint="make it with: inspectd keygen server", secret=True)
+    peers_file = folder / "peers.yaml"
+    peers = (
+        _load(peers_file, list[Peer], hint="make one with: inspectd keygen peer NAME") if peers_file.exists() else []
+    )
+    return Keyring(server, tuple(peers))
+
+
+def load_trusted(path: Path) -> list[TrustedKey]:
+    """The keys whose engines are accepted. Raises ConfigError."""
+    return _load(path, list[TrustedKey], hint="the first build makes it, or: inspectd keygen signing")
+
+
+def load_peer_file(path: Path) -> PeerFile:
+    """A peer's own key file, as `keygen peer` wrote it. Raises ConfigError."""
+    return _load(path, PeerFile, hint="make it with: inspectd keygen peer NAME", secret=True)
+
+
+def make_signing_key(folder: Path, name: str = "local") -> Ed25519PrivateKey:
+    """The folder's signing key, made and listed in trusted.yaml where there is none yet."""
+    path = folder / "signing.key"
+    if path.exists():
+        _refuse_open(path)
+        key = load_pem_private_key(path.read_bytes(), password=None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ConfigError(str(path), [f"holds a {type(key).__name__}, wanted an Ed25519 private key"])
+        return key
+    key = Ed25519PrivateKey.generate()
+    _write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = base64.b64encode(key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()
+    trusted_file = folder / "trusted.yaml"
+    trusted = load_trusted(trusted_file) if trusted_file.exists() else []
+    _write_list(trusted_file, [*trusted, TrustedKey(name=name, publicKey=public)])
+    return key
+
+
+def make_server_key(folder: Path) -> CurvePair:
+    """The daemon's CURVE pair, made where there is none yet."""
+    path = folder / "server.yaml"
+    if path.exists():
+        return _load(path, CurvePair, secret=True)
+    pair = _new_pair()
+    _write_secret(path, _dump(pair.model_dump()))
+    return pair
+
+
+def make_peer(folder: Path, name: str, roles: list[Role], topics: list[str]) -> Path:
+    """A new peer in peers.yaml, and the file to carry to its machine. Raises ConfigError if the name is taken."""
+    server = make_server_key(folder)
+    peers_file = folder / "peers.yaml"
+    peers = _load(peers_file, list[Peer]) if peers_file.exists() else []
+    if any(peer.name == name for peer in peers):
+        raise ConfigError(str(peers_file), [f"peer {name!r} is there already; take its entry out to make a new key"])
+    pair = _new_pair()
+    try:
+        peer = Peer(name=name, publicKey=pair.publicKey, roles=roles, topics=topics)
+    except ValidationError as error:
+        raise ConfigError("keygen peer", _faults(error)) from error
+    path = folder / f"{name}.peer.yaml"
+    _write_secret(path, _dump({**pair.model_dump(), "serverKey": server.publicKey}))
+    _write_list(peers_file, [*peers, peer])
+    return path
+
+
+def _new_pair() -> CurvePair:
+    public, secret = zmq.curve_keypair()
+    return CurvePair(publicKey=public.decode(), secretKey=secret.decode())
+
+
+def _load(path: Path, kind: type[_Model], *, hint: str = "", secret: bool = False) -> _Model:
+    try:
+        if secret:
+            _refuse_open(path)
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TypeAdapter(kind).validate_python(data)
+    except FileNotFoundError as error:
+        raise ConfigError(str(path), [f"is not there; {hint}"]) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    except ValidationError as error:
+        raise ConfigError(str(path), _faults(error)) from error
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """Without the values: a key file's faults must not print its secrets."""
+    return [f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+
+
+def _refuse_open(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(str(path), [f"has mode {mode:04o}, others can read this secret; chmod 600 {path}"])
+
+
+def _write_secret(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _write_list(path: Path, entries: list[Any]) -> None:
+    """Replace a public list in one step, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(_dump([entry.model_dump() for entry in entries]))
+    partial.replace(path)
+
+
+def _dump(data: Any) -> bytes:
+    return yaml.safe_dump(data, sort_keys=False).encode()
