@@ -1,0 +1,165 @@
+"""The CPU backend: OpenVINO for the networks and the search, OpenCV and NumPy for the rest.
+
+One OpenVINO graph holds the feature network and the nearest-neighbour search, so that the score
+matrix (P M) never leaves it. The search maximises q.m - |m|^2 / 2, which is the nearest row by
+squared L2; the winner's distance is then taken again from the two vectors themselves in float32, so
+that no cancellation and no low precision enters the score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+from safetensors.numpy import load as load_tensors
+
+from daemon.bundle import BANK, NETWORKS, Bundle, Preprocessing
+from daemon.errors import BundleError, DeviceError
+from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, Repaired, Tensor
+
+
+class CpuBackend:
+    """The Backend protocol on OpenVINO. `threads` bounds its inference threads."""
+
+    name = "cpu"
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int) -> None:
+        # One more thread pool beside OpenVINO's would only fight with it for the cores.
+        cv2.setNumThreads(1)
+        self.precision = precision
+        manifest = bundle.manifest
+        self._preprocessing = manifest.preprocessing
+        self._bank = load_bank(bundle)
+        self._grid = manifest.grid
+        self._request = _compile(bundle.read(NETWORKS), self._bank, precision, threads)
+        self._alpha_density = np.float32(manifest.alpha) * self._bank["density"]
+        self._standardisation = manifest.fusion.standardisation["ldknn"]
+        self._weight = np.float32(manifest.fusion.weights["ldknn"])
+        sigma = manifest.fusion.smoothingSigma
+        self._rows = smoothing_operator(manifest.preprocessing.size[0], manifest.grid[0], sigma)
+        self._columns = smoothing_operator(manifest.preprocessing.size[1], manifest.grid[1], sigma).T.copy()
+
+    def preprocess(self, frame: Frame) -> Tensor:
+        return Tensor(normalise(frame, self._preprocessing))
+
+    def features(self, tensor: Tensor) -> tuple[FloatArray, Any]:
+        """Tap: the patch features (P C) and each patch's nearest bank row (P,). The trainer reads them too."""
+        try:
+            self._request.infer([tensor.values], share_inputs=True)
+        except RuntimeError as error:
+            raise DeviceError(f"OpenVINO failed: {error}") from error
+        return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data.reshape(-1)
+
+    def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
+        features, nearest = self.features(tensor)
+        difference = features - self._bank["core"][nearest]
+        distance_sq = np.einsum("pc,pc->p", difference, difference)
+        # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
+        return None, PatchScores(distance_sq - self._alpha_density[nearest])
+
+    def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
+        _, patches = outputs
+        if patches is None:
+            raise DeviceError("the backend's inference gave no LDKNN scores for a bundle that has that branch")
+        standard = self._standardisation
+        grid = (patches.values.reshape(self._grid) - np.float32(standard.centre)) * (
+            self._weight / np.float32(standard.scale)
+        )
+        smoothed = self._rows @ grid @ self._columns
+        return AnomalyMap(smoothed, frame_hw, float(smoothed.max()))
+
+    def close(self) -> None:
+        del self._request
+
+
+def normalise(frame: Frame, preprocessing: Preprocessing) -> FloatArray:
+    """(H W C) pixels of 8 or 16 bit -> (1 3 h w) float32: area-resized, then (x - mean) / std per channel.
+
+    16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels.
+    """
+    height, width = preprocessing.size
+    pixels = frame.pixels
+    shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
+    if pixels.shape[:2] != (height, width):
+        # OpenCV's area average is defined for shrinking; where a side grows, bilinear is the honest choice.
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    planes = pixels.reshape(height, width, -1).transpose(2, 0, 1)
+    values = np.empty((1, 3, height, width), np.float32)
+    to_eight_bit = 1.0 / 257.0 if pixels.dtype == np.uint16 else 1.0
+    for channel in range(3):
+        scale = 1.0 / preprocessing.std[channel]
+        plane = planes[channel if len(planes) == 3 else 0]
+        np.multiply(plane, np.float32(to_eight_bit * scale), out=values[0, channel])
+        values[0, channel] -= np.float32(preprocessing.mean[channel] * scale)
+    return values
+
+
+def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
+    """(size cells): bilinear upsampling (pixel centres aligned at the edges' halves) followed by a Gaussian.
+
+    Both are linear and separable, so that `rows @ grid @ columns.T` is the smoothed map. The Gaussian
+    reaches four sigma and is mirrored at the border without repeating the edge pixel.
+    """
+    position = (np.arange(size) + 0.5) * cells / size - 0.5
+    low = np.floor(position).astype(int)
+    fraction = position - low
+    upsample = np.zeros((size, cells))
+    pixels = np.arange(size)
+    np.add.at(upsample, (pixels, np.clip(low, 0, cells - 1)), 1.0 - fraction)
+    np.add.at(upsample, (pixels, np.clip(low + 1, 0, cells - 1)), fraction)
+    reach = int(np.ceil(4.0 * sigma))
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= weights.sum()
+    period = max(2 * (size - 1), 1)
+    gaussian = np.zeros((size, size))
+    for offset, weight in zip(offsets, weights, strict=True):
+        mirrored = np.abs((pixels + offset + period) % period)
+        np.add.at(gaussian, (pixels, np.where(mirrored < size, mirrored, period - mirrored)), weight)
+    return (gaussian @ upsample).astype(np.float32)
+
+
+def load_bank(bundle: Bundle) -> dict[str, FloatArray]:
+    """core (M C), bias (M,) = -|m|^2 / 2, density (M,), checked against each other. Raises BundleError."""
+    path = bundle.folder / BANK
+    try:
+        tensors = load_tensors(bundle.read(BANK))
+    except Exception as error:  # safetensors raises its own type, which it does not export
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{path}: is not a safetensors file: {error}") from error
+    missing = {"core", "bias", "density"} - set(tensors)
+    if missing:
+        raise BundleError(f"{path}: has no tensor {', '.join(sorted(missing))}")
+    rows = len(tensors["core"])
+    shapes = {name: tensors[name].shape for name in ("core", "bias", "density")}
+    if tensors["core"].ndim != 2 or shapes["bias"] != (rows,) or shapes["density"] != (rows,) or rows == 0:
+        raise BundleError(f"{path}: found shapes {shapes}, wanted core (M, C), bias (M,), density (M,)")
+    return {name: np.ascontiguousarray(tensors[name], np.float32) for name in shapes}
+
+
+def _compile(networks: bytes, bank: dict[str, FloatArray], precision: str, threads: int) -> Any:
+    """Feature network + search as one compiled graph: outputs features (P C) and nearest row (P 1)."""
+    core = ov.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise DeviceError("precision bf16: this processor has no bf16 instructions; set backend.precision to f32")
+    try:
+        network = core.read_model(networks)
+        features = network.output(0).get_node().input_value(0)
+        product = ops.matmul(features, ops.constant(np.ascontiguousarray(bank["core"].T)), False, False)
+        similarity = ops.add(product, ops.constant(bank["bias"][None, :]))
+        winner = ops.topk(similarity, ops.constant(1), 1, "max", "none")
+        results = [ops.result(features), ops.result(winner.output(1))]
+        model = ov.Model(results, network.get_parameters(), "inspectd")
+        options = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        return core.compile_model(model, "CPU", options).create_infer_request()
+    except RuntimeError as error:
+        raise DeviceError(f"OpenVINO cannot prepare this engine: {error}") from error

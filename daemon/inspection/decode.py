@@ -1,0 +1,96 @@
+"""RawFrame -> Frame: the one place where pixel formats are known. What leaves is gray or RGB.
+
+An encoded payload's own size is read from its header before it is decoded, so that a small file that
+claims to be huge is refused instead of allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import cv2
+import numpy as np
+
+from daemon.errors import FrameError
+from daemon.types import Frame, PixelArray, RawFrame
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, all codings
+
+
+def decode(raw: RawFrame) -> Frame:
+    """The pixels of a frame as (H W 1) or (H W 3) RGB. Raises FrameError."""
+    if raw.encoding == "raw":
+        return Frame(_from_raw(raw))
+    return Frame(_from_encoded(raw))
+
+
+def _from_raw(raw: RawFrame) -> PixelArray:
+    height, width = raw.shape[:2]
+    if raw.pixel_format == "Mono16":
+        return np.frombuffer(raw.payload, "<u2").reshape(height, width, 1)
+    pixels = np.frombuffer(raw.payload, np.uint8)
+    if raw.pixel_format == "Mono8":
+        return pixels.reshape(height, width, 1)
+    if raw.pixel_format == "BayerRG8":
+        # GenICam names the first row's first two pixels; OpenCV's alias RGGB means the same.
+        return cv2.cvtColor(pixels.reshape(height, width), cv2.COLOR_BayerRGGB2RGB).astype(np.uint8, copy=False)
+    color = pixels.reshape(height, width, 3)
+    return color if raw.pixel_format == "RGB8" else np.ascontiguousarray(color[:, :, ::-1])
+
+
+def _from_encoded(raw: RawFrame) -> PixelArray:
+    found = encoded_size(raw.payload)
+    if found is None:
+        raise FrameError(f"the payload is not a readable {raw.encoding} file")
+    if found != raw.shape[:2]:
+        raise FrameError(f"the {raw.encoding} has size {list(found)}, the header says {list(raw.shape[:2])}")
+    gray = raw.pixel_format.startswith("Mono")
+    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH if gray else cv2.IMREAD_COLOR
+    try:
+        pixels = cv2.imdecode(np.frombuffer(raw.payload, np.uint8), flags)
+    except cv2.error as error:
+        raise FrameError(f"the {raw.encoding} cannot be decoded: {error.err}") from error
+    if pixels is None or pixels.shape[:2] != raw.shape[:2] or pixels.dtype not in (np.uint8, np.uint16):
+        raise FrameError(f"the {raw.encoding} cannot be decoded")
+    if gray:
+        return pixels[:, :, None]
+    return np.ascontiguousarray(pixels[:, :, ::-1])
+
+
+def encoded_size(payload: memoryview | bytes) -> tuple[int, int] | None:
+    """(H, W) that a PNG or JPEG claims in its header, without decoding it; None where it is neither."""
+    data = memoryview(payload)
+    if bytes(data[:8]) == _PNG_MAGIC and bytes(data[12:16]) == b"IHDR" and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
+        return height, width
+    return _jpeg_size(data) if bytes(data[:2]) == b"\xff\xd8" else None
+
+
+def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
+    """Walk the segments up to the start of frame."""
+    position = 2
+    while position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker in _JPEG_SIZE_MARKERS:
+            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
+            return height, width
+        if marker == 0xFF or 0xD0 <= marker <= 0xD7 or marker == 0x01:  # fill byte, restart: no length follows
+            position += 1 if marker == 0xFF else 2
+            continue
+        position += 2 + struct.unpack(">H", data[position + 2 : position + 4])[0]
+    return None
+
+
+def lossless(raw: RawFrame) -> tuple[str, bytes]:
+    """The frame as a file that keeps every pixel: (extension, bytes). Encoded payloads stay as they came.
+
+    Raises FrameError; an undecodable payload has no picture to keep.
+    """
+    if raw.encoding != "raw":
+        return ("jpg" if raw.encoding == "jpeg" else "png"), bytes(raw.payload)
+    pixels = decode(raw).pixels
+    done, data = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done:
+        raise FrameError(f"OpenCV cannot encode a picture of shape {pixels.shape} as PNG")
+    return "png", data.tobytes()

@@ -1,0 +1,101 @@
+"""An engine's own thread: frames wait here in order, one is inspected at a time.
+
+The loop submits jobs and never waits. Parts whose deadline has passed step behind all fresh ones:
+their late score is worth having, but not at the price of the next deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import monotonic_ns
+
+from daemon.inspection.pipeline import Pipeline
+from daemon.types import PartKey, RawFrame, Verdict
+
+
+@dataclass(frozen=True)
+class Job:
+    """A frame to inspect, and when it arrived (monotonic clock)."""
+
+    key: PartKey
+    frame: RawFrame
+    product: str
+    arrived_ns: int
+
+
+@dataclass(frozen=True)
+class Done:
+    key: PartKey
+    verdict: Verdict
+
+
+class Engine:
+    """A pipeline with its thread. `report` is called on that thread with each Done."""
+
+    def __init__(self, pipeline: Pipeline, report: Callable[[Done], None]) -> None:
+        self.pipeline = pipeline
+        self._report = report
+        self._fresh: OrderedDict[PartKey, Job] = OrderedDict()
+        self._late: OrderedDict[PartKey, Job] = OrderedDict()
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._busy_since_ns: int | None = None
+        self._thread = threading.Thread(target=self._work, name="inspectd-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        with self._condition:
+            self._fresh[job.key] = job
+            self._condition.notify()
+
+    def withdraw(self, key: PartKey) -> bool:
+        """Take a waiting frame out; False if it was not waiting (it is being inspected, or done)."""
+        with self._condition:
+            return (self._fresh.pop(key, None) or self._late.pop(key, None)) is not None
+
+    def postpone(self, key: PartKey) -> None:
+        """Let a waiting frame, whose verdict is out already, step behind every fresh one."""
+        with self._condition:
+            job = self._fresh.pop(key, None)
+            if job is not None:
+                self._late[key] = job
+
+    def oldest_late(self) -> PartKey | None:
+        with self._condition:
+            return next(iter(self._late), None)
+
+    def busy_ms(self, now_ns: int) -> float:
+        """How long the frame at work has been at work; 0 when idle."""
+        since = self._busy_since_ns
+        return 0.0 if since is None else (now_ns - since) / 1e6
+
+    def stop(self, timeout_s: float) -> bool:
+        """Finish the frame at work and end the thread; False if it does not end in time."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            started_ns = self._busy_since_ns = monotonic_ns()
+            verdict = self.pipeline.inspect(job.frame, job.product)
+            self._busy_since_ns = None
+            timings = replace(verdict.timings, queue_ms=(started_ns - job.arrived_ns) / 1e6)
+            self._report(Done(job.key, replace(verdict, timings=timings)))
+
+    def _next(self) -> Job | None:
+        with self._condition:
+            while not (self._fresh or self._late or self._stopping):
+                self._condition.wait()
+            if self._stopping:
+                return None
+            waiting = self._fresh or self._late
+            return waiting.popitem(last=False)[1]

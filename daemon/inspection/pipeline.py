@@ -1,0 +1,167 @@
+"""One frame through decode, preprocess, infer, postprocess, decide. Runs on an engine's own thread.
+
+`inspect` always returns a verdict: what is wrong with the frame is a BAD_FRAME, anything else that
+goes wrong is an ENGINE_ERROR, and the next frame finds the pipeline as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import perf_counter_ns
+
+import cv2
+import numpy as np
+from safetensors.numpy import load as load_tensors
+
+from daemon.bundle import CALIBRATION, Bundle
+from daemon.errors import BundleError, FrameError
+from daemon.inspection.backend import Backend
+from daemon.inspection.decode import decode
+from daemon.inspection.verdict import decide, region_mask
+from daemon.types import (
+    AnomalyMap,
+    ByteArray,
+    EngineId,
+    FloatArray,
+    Frame,
+    Limits,
+    Outcome,
+    RawFrame,
+    Reason,
+    Timings,
+    Verdict,
+)
+
+log = logging.getLogger("inspectd.pipeline")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Which pictures go with a verdict."""
+
+    mask: bool = False
+    heatmap: bool = False
+    frame_on_reject: bool = False
+
+
+class Pipeline:
+    """A verified bundle on an opened backend."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, pictures: Pictures = Pictures()) -> None:
+        self.backend = backend
+        self.bundle = bundle
+        self._pictures = pictures
+        self._calibration = load_calibration(bundle)
+        version = bundle.manifest.version
+        self._engines = {name: EngineId(name, version, bundle.digest) for name in bundle.manifest.products}
+
+    def inspect(self, raw: RawFrame, product: str) -> Verdict:
+        """The verdict on a frame of `product`, which the bundle must have."""
+        engine = self._engines[product]
+        try:
+            return self._inspect(raw, product)
+        except FrameError as error:
+            log.warning("bad frame camera=%s seq=%d: %s", raw.camera, raw.seq, error)
+            return Verdict(Outcome.REJECT, Reason.BAD_FRAME, engine=engine)
+        except Exception:
+            log.exception("engine error camera=%s seq=%d product=%s", raw.camera, raw.seq, product)
+            return Verdict(Outcome.REJECT, Reason.ENGINE_ERROR, engine=engine)
+
+    def _inspect(self, raw: RawFrame, product: str) -> Verdict:
+        clock = [perf_counter_ns()]
+        frame = decode(raw)
+        clock.append(perf_counter_ns())
+        tensor = self.backend.preprocess(frame)
+        clock.append(perf_counter_ns())
+        outputs = self.backend.infer(tensor)
+        clock.append(perf_counter_ns())
+        anomaly = self.backend.postprocess(outputs, frame_size(frame))
+        limits = self.limits(product)
+        verdict = decide(anomaly, limits, self._calibration[product], self._engines[product])
+        pictures = self._draw(frame, anomaly, limits, verdict, raw)
+        clock.append(perf_counter_ns())
+        decode_ms, preprocess_ms, infer_ms, postprocess_ms = (
+            (after - before) / 1e6 for before, after in pairwise(clock)
+        )
+        timings = Timings(None, decode_ms, preprocess_ms, infer_ms, postprocess_ms)
+        return replace(verdict, timings=timings, pictures=pictures)
+
+    def anomaly_map(self, frame: Frame) -> AnomalyMap:
+        """The map alone: what the trainer calibrates on and `score --maps` writes."""
+        return self.backend.postprocess(self.backend.infer(self.backend.preprocess(frame)), frame_size(frame))
+
+    def judge(self, anomaly: AnomalyMap, product: str) -> Verdict:
+        """The verdict that `inspect` gives on a frame with this map."""
+        return decide(anomaly, self.limits(product), self._calibration[product], self._engines[product])
+
+    def limits(self, product: str) -> Limits:
+        return self.bundle.manifest.products[product].limits
+
+    def _draw(
+        self, frame: Frame, anomaly: AnomalyMap, limits: Limits, verdict: Verdict, raw: RawFrame
+    ) -> dict[str, bytes]:
+        pictures = {}
+        rejected = verdict.outcome is Outcome.REJECT
+        if self._pictures.mask and rejected:
+            pictures["mask"] = _encode(".png", to_frame_size(region_mask(anomaly, limits.map), anomaly.frame_hw))
+        if self._pictures.heatmap:
+            pictures["heatmap"] = _encode(".png", heat(anomaly, limits.map))
+        if self._pictures.frame_on_reject and rejected:
+            pictures["frame"] = bytes(raw.payload) if raw.encoding == "jpeg" else _encode(".jpg", for_display(frame))
+        return pictures
+
+
+def frame_size(frame: Frame) -> tuple[int, int]:
+    return frame.pixels.shape[0], frame.pixels.shape[1]
+
+
+def to_frame_size(mask: ByteArray, frame_hw: tuple[int, int]) -> ByteArray:
+    """A mask at the frame's size, nearest pixel, so that it keeps its two values."""
+    resized = cv2.resize(mask, frame_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return resized.astype(np.uint8, copy=False)
+
+
+def map_at_frame_size(anomaly: AnomalyMap) -> FloatArray:
+    """The map at the frame's size (H W), bilinear; what pixel metrics are taken on."""
+    resized = cv2.resize(anomaly.values, anomaly.frame_hw[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized.astype(np.float32, copy=False)
+
+
+def heat(anomaly: AnomalyMap, limit: float) -> ByteArray:
+    """The map at the frame's size in 8 bit: the map limit is 128, the map's zero (the median good patch) is 0."""
+    scale = 128.0 / limit if limit > 0 else 1.0
+    return np.clip(map_at_frame_size(anomaly) * scale, 0, 255).astype(np.uint8)
+
+
+def for_display(frame: Frame) -> ByteArray:
+    """8-bit gray or BGR, as OpenCV's encoders want it."""
+    pixels = frame.pixels
+    if pixels.dtype == np.uint16:
+        pixels = (pixels // 257).astype(np.uint8)
+    display: ByteArray = np.ascontiguousarray(pixels[:, :, ::-1], dtype=np.uint8)
+    return display
+
+
+def _encode(extension: str, image: ByteArray) -> bytes:
+    done, data = cv2.imencode(extension, image)
+    if not done:
+        raise FrameError(f"OpenCV cannot encode a picture of shape {image.shape} as {extension}")
+    return data.tobytes()
+
+
+def load_calibration(bundle: Bundle) -> dict[str, list[float]]:
+    """The sorted calibration scores of each product. Raises BundleError."""
+    try:
+        tensors = load_tensors(bundle.read(CALIBRATION))
+    except BundleError:
+        raise
+    except Exception as error:  # safetensors raises its own type, which it does not export
+        raise BundleError(f"{bundle.folder / CALIBRATION}: is not a safetensors file: {error}") from error
+    scores = {}
+    for product in bundle.manifest.products:
+        if product not in tensors or tensors[product].ndim != 1 or not len(tensors[product]):
+            raise BundleError(f"{bundle.folder / CALIBRATION}: has no scores for product {product!r}")
+        scores[product] = sorted(float(score) for score in tensors[product])
+    return scores
