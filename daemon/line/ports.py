@@ -1,0 +1,121 @@
+"""All sockets that config names, opened together, proven closed to strangers, closed together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from daemon.config import Config, Endpoint
+from daemon.errors import ConfigError
+from daemon.keys import Keyring
+from daemon.line.sockets import Bounds, Doorman, ZapGate, bind, refuses_strangers, sender_key
+from daemon.line.wire import MAX_HEADER_BYTES
+
+log = logging.getLogger("inspectd.ports")
+
+MOST_PARTS = 8  # a message has three or four parts; what is beyond is read off and dropped
+_RESULTS_WAITING = 256  # a subscriber that does not read loses results beyond this, and costs no more memory
+_PERMITS_WAITING = 4096
+_SMALL = 4 * MAX_HEADER_BYTES
+_ZMQ_NEEDED = (4, 3, 5)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message as received. `key` is the sender's CURVE key, '' on a plain socket."""
+
+    identity: bytes
+    parts: list[memoryview]
+    key: str
+
+
+class Ports:
+    """The daemon's sockets. `inputs` maps each input socket to its endpoint."""
+
+    def __init__(self, config: Config, keyring: Keyring | None, denied: Callable[[str], None]) -> None:
+        if zmq.zmq_version_info() < _ZMQ_NEEDED:
+            raise ConfigError("libzmq", [f"found {zmq.zmq_version()}, wanted 4.3.5 or newer; pip install -U pyzmq"])
+        self._config = config
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self.doorman = Doorman(keyring, denied)
+        self.inputs: dict[zmq.Socket[bytes], Endpoint] = {}
+        self._keyring = keyring
+        self.zap = ZapGate(self._context, keyring, denied)
+        try:
+            self._open()
+        except BaseException:
+            self.close(0)
+            raise
+
+    def _open(self) -> None:
+        config = self._config
+        for entry in config.inputs:
+            kind = zmq.ROUTER if entry.kind == "router" else zmq.PULL
+            self.inputs[self._bind(kind, entry, Bounds(config.queue_mb << 20))] = entry
+        self.results = self._bind(zmq.XPUB, config.results, Bounds(_SMALL, send=_RESULTS_WAITING))
+        # Each subscription is asked about before it counts: a key hears only its own topics.
+        self.results.set(zmq.XPUB_MANUAL, 1)
+        self.permits = self._bind(zmq.ROUTER, config.permits, Bounds(_SMALL, _PERMITS_WAITING, _PERMITS_WAITING))
+        self.permits.set(zmq.ROUTER_MANDATORY, 1)
+        control = Endpoint(bind=config.control.bind, plain=True)
+        self.control = self._bind(zmq.ROUTER, control, Bounds(_SMALL))
+
+    def _bind(self, kind: int, endpoint: Endpoint, bounds: Bounds) -> zmq.Socket[bytes]:
+        if endpoint.is_open:
+            log.warning("INSECURE bind=%s plain=true: anybody who reaches this address can speak here", endpoint.bind)
+        socket = bind(self._context, kind, endpoint, self._keyring, bounds)
+        self._sockets.append(socket)
+        return socket
+
+    def prove_closed(self) -> None:
+        """Ask every CURVE socket of ours without a key; raises ConfigError if one lets us in."""
+        for path, endpoint in self._config.endpoints():
+            if endpoint.uses_curve and not refuses_strangers(endpoint.bind):
+                raise ConfigError(
+                    path, [f"{endpoint.bind} did not refuse a peer without a key; the daemon does not start"]
+                )
+
+    def serve_subscription(self) -> None:
+        """Take one (un)subscription from the results socket, if its sender may hear the topic."""
+        part = self.results.recv(zmq.NOBLOCK, copy=False)
+        request = part.bytes
+        if not request or request[0] not in (0, 1):
+            return
+        topic = request[1:]
+        if request[0] == 0:
+            self.results.setsockopt(zmq.UNSUBSCRIBE, topic)
+        elif self.doorman.admits(
+            curve=self._config.results.uses_curve,
+            key=sender_key(part),
+            role="subscriber",
+            topic=topic.decode("utf-8", "replace"),
+        ):
+            self.results.setsockopt(zmq.SUBSCRIBE, topic)
+
+    def close(self, linger_ms: int) -> None:
+        """Close everything; what was sent has `linger_ms` to leave."""
+        for socket in self._sockets:
+            socket.close(linger=linger_ms)
+        self.zap.close()
+        self._context.term()
+
+
+def receive(socket: zmq.Socket[bytes], *, routed: bool) -> Message | None:
+    """One waiting message, or None. Parts are not copied; at most MOST_PARTS are kept."""
+    try:
+        frames = [socket.recv(zmq.NOBLOCK, copy=False)]
+    except zmq.Again:
+        return None
+    while frames[-1].more:
+        part = socket.recv(zmq.NOBLOCK, copy=False)
+        frames.append(part)
+        if len(frames) > MOST_PARTS + 1:
+            frames[-2:] = [part]
+    identity = frames.pop(0).bytes if routed else b""
+    key = sender_key(frames[0]) if frames else ""
+    return Message(identity, [memoryview(frame.buffer).cast("B") for frame in frames], key)

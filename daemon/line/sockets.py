@@ -1,0 +1,192 @@
+"""Every socket: bound with CURVE by default, bounded in bytes, asked for its peer's key on each message.
+
+ZAP (who may connect) is answered by pyzmq's Authenticator, which the loop serves like any other
+socket; what a connected peer may then say is asked again for each message, against the key that ZAP
+put into it (`sender_key`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+from zmq.auth.base import Authenticator
+
+from daemon.config import Endpoint
+from daemon.errors import ConfigError
+from daemon.keys import Keyring, PeerFile, Role
+
+log = logging.getLogger("inspectd.sockets")
+
+_ZAP_DOMAIN = b"inspectd"
+_FRAMES_A_PEER = 16  # receive high-water mark: with MAXMSGSIZE this bounds what a peer can pile up
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000  # a peer whose cable was pulled is gone after this
+_SELF_TEST_MS = 2000
+
+
+class ZapGate:
+    """The Authenticator of a context: lets in the keys of peers.yaml, counts whom it turns away."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], keyring: Keyring | None, denied: Callable[[str], None]
+    ) -> None:
+        self._keyring = keyring
+        self._denied = denied
+        self._authenticator = Authenticator(context, log=logging.getLogger("inspectd.zap"))
+        self._authenticator.configure_curve_callback("*", credentials_provider=self)
+        self._authenticator.configure_curve_callback(_ZAP_DOMAIN.decode(), credentials_provider=self)
+        self._authenticator.start()
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        return self._authenticator.zap_socket
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """pyzmq asks here; `key` is the Z85 text of the peer's public key."""
+        known = self._keyring is not None and self._keyring.peer(key.decode()) is not None
+        if not known:
+            self._denied("UNKNOWN_KEY")
+        return known
+
+    def serve(self) -> None:
+        """Answer one waiting request. The coroutine never suspends, so it is run without an event loop."""
+        handling = self._authenticator.handle_zap_message(self.socket.recv_multipart(zmq.NOBLOCK))
+        try:
+            handling.send(None)
+        except StopIteration:
+            return
+        handling.close()
+        raise RuntimeError("pyzmq's Authenticator wants to wait; this version of pyzmq needs an event loop")
+
+    def close(self) -> None:
+        self._authenticator.stop()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a socket takes: the largest message part, and messages that may wait in each direction."""
+
+    most_bytes: int
+    receive: int = _FRAMES_A_PEER
+    send: int = 1000
+
+
+def bind(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: Endpoint, keyring: Keyring | None, bounds: Bounds
+) -> zmq.Socket[bytes]:
+    """A bound socket as config asks. Raises ConfigError where the address cannot be had."""
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.setsockopt(zmq.MAXMSGSIZE, bounds.most_bytes)
+    socket.set(zmq.RCVHWM, bounds.receive)
+    socket.set(zmq.SNDHWM, bounds.send)
+    if endpoint.bind.startswith("tcp://"):
+        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+    if endpoint.uses_curve:
+        if keyring is None:
+            raise ConfigError(endpoint.bind, ["needs keys; make them with: inspectd keygen server"])
+        socket.curve_server = True
+        socket.curve_secretkey = keyring.server.secretKey.encode()
+        socket.curve_publickey = keyring.server.publicKey.encode()
+        socket.zap_domain = _ZAP_DOMAIN
+    try:
+        _bind_private(socket, endpoint.bind)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(
+            endpoint.bind, [f"cannot be bound: {error.strerror}{_bind_hint(endpoint.bind, error.errno)}"]
+        ) from error
+    return socket
+
+
+def _bind_private(socket: zmq.Socket[bytes], address: str) -> None:
+    """ipc sockets are made 0660 from the start: the umask is the process's, so this runs before threads do."""
+    path = Path(address.removeprefix("ipc://"))
+    if not address.startswith("ipc://"):
+        socket.bind(address)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    umask = os.umask(0o117)
+    try:
+        socket.bind(address)
+    finally:
+        os.umask(umask)
+
+
+def _bind_hint(address: str, number: int | None) -> str:
+    if number == zmq.EADDRINUSE:
+        return "; another process holds it (another inspectd?)"
+    if address.startswith("ipc://") and len(address) > 107 + len("ipc://"):
+        return "; an ipc path has at most 107 characters"
+    return ""
+
+
+def sender_key(part: zmq.Frame) -> str:
+    """The CURVE public key (Z85) of the peer that sent this message part; '' on a plain socket."""
+    try:
+        return str(part.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+class Doorman:
+    """May this message's sender do this? Plain endpoints (loopback, ipc) have no keys and are trusted."""
+
+    def __init__(self, keyring: Keyring | None, denied: Callable[[str], None]) -> None:
+        self._keyring = keyring
+        self._denied = denied
+
+    def admits(self, *, curve: bool, key: str, role: Role, topic: str | None = None) -> bool:
+        if not curve:
+            return True
+        peer = self._keyring.peer(key) if self._keyring else None
+        if peer is not None and peer.may(role, topic):
+            return True
+        self._denied("UNKNOWN_KEY" if peer is None else "FOREIGN_TOPIC" if peer.may(role) else "WRONG_ROLE")
+        return False
+
+
+def connect(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, keys: PeerFile | None
+) -> zmq.Socket[bytes]:
+    """A client socket, with CURVE where keys are given; for cameras, subscribers, bridges and tools."""
+    socket = context.socket(kind)
+    socket.linger = 0
+    if address.startswith("tcp://"):
+        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+    if keys is not None and address.startswith("tcp://"):
+        socket.curve_publickey = keys.publicKey.encode()
+        socket.curve_secretkey = keys.secretKey.encode()
+        socket.curve_serverkey = keys.serverKey.encode()
+    socket.connect(address)
+    return socket
+
+
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+def refuses_strangers(address: str) -> bool:
+    """Whether the tcp socket at `address` turns away a peer without a key; asked over the wire itself.
+
+    A wildcard address is asked on loopback. The caller need not serve ZAP meanwhile: libzmq itself
+    refuses a peer that does not speak CURVE.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.linger = 0
+    monitor = stranger.get_monitor_socket(_REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    try:
+        stranger.connect(address.replace("tcp://*", "tcp://127.0.0.1").replace("tcp://0.0.0.0", "tcp://127.0.0.1"))
+        if not monitor.poll(_SELF_TEST_MS):
+            return False
+        event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
+        return event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+    finally:
+        stranger.disable_monitor()
+        context.destroy(linger=0)  # closes the monitor's own socket too

@@ -1,0 +1,133 @@
+"""The append-only journal: what was accepted and what was decided, before anybody is told.
+
+One record is one line, `<crc32 as 8 hex digits> <JSON>`, and everything that belongs together goes out
+in one write call, so that kill -9 leaves either all of it or none. A power cut can lose what was
+written since the last `sync` (100 ms by default). Each segment begins with a `run` record that holds
+the whole state, so that only the newest readable segment is needed to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("inspectd.journal")
+
+Record = dict[str, Any]
+SEGMENT_BYTES = 64 << 20
+_PATTERN = "journal-*.log"
+
+
+class Journal:
+    """The writer. `write` is the loop's, `sync` the writer thread's; neither waits for the other."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._descriptor = -1
+        self._retired: list[int] = []
+        self._written = 0
+        self._torn = False
+        self.fault: str | None = None  # why records are being lost, None while all is well
+
+    def begin(self, state: Record, now_ns: int) -> None:
+        """Start a new segment with the whole state; the old one is closed by the next `sync`."""
+        newest = max((int(p.stem.split("-")[1]) for p in segments(self._folder)), default=0)
+        path = self._folder / f"journal-{max(now_ns, newest + 1):020d}.log"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
+        if self._descriptor >= 0:
+            self._retired.append(self._descriptor)
+        self._descriptor, self._written, self._torn = descriptor, 0, False
+        self.write(state)
+
+    @property
+    def is_full(self) -> bool:
+        return self._written >= SEGMENT_BYTES
+
+    def write(self, *records: Record) -> None:
+        """Append the records in one write call. A full disk is told in `fault` and stops nothing."""
+        data = b"".join(encode_record(record) for record in records)
+        if self._torn:
+            data = b"\n" + data  # end the half record that the last failure left
+        try:
+            written = os.write(self._descriptor, data)
+            self._torn = written != len(data)
+            fault = f"wrote {written} of {len(data)} bytes" if self._torn else None
+        except OSError as error:
+            fault = error.strerror or str(error)
+        else:
+            self._written += written
+        if fault != self.fault:
+            log.log(
+                logging.ERROR if fault else logging.WARNING, "journal fault=%s", fault or "none, it is written again"
+            )
+            self.fault = fault
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        while self._retired:
+            descriptor = self._retired.pop()
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            self._retired.append(self._descriptor)
+            self._descriptor = -1
+        self.sync()
+
+
+def encode_record(record: Record) -> bytes:
+    body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode_record(line: bytes) -> Record | None:
+    """The record of one line without its newline; None where it is torn or changed."""
+    try:
+        if int(line[:8], 16) != zlib.crc32(line[9:]) or line[8:9] != b" ":
+            return None
+        record = json.loads(line[9:])
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def segments(folder: Path) -> list[Path]:
+    """The journal's files, oldest first."""
+    return sorted(folder.glob(_PATTERN))
+
+
+def read_records(path: Path, offset: int = 0) -> Iterator[tuple[int, Record | None]]:
+    """Each whole line from `offset` on as (offset behind it, record); None for a line that is damaged.
+
+    A last line without its end is left for the next reading: it may still be growing.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            if line != b"\n":
+                yield offset, decode_record(line[:-1])
+
+
+def last_run(folder: Path) -> list[Record]:
+    """The records since the newest `run` record that can be read, that one first; [] for a new journal."""
+    for path in reversed(segments(folder)):
+        records = [record for _, record in read_records(path)]
+        if records and records[0] and records[0].get("t") == "run":
+            damaged = sum(record is None for record in records)
+            if damaged:
+                log.warning("journal segment=%s damaged_records=%d", path.name, damaged)
+            return [record for record in records if record is not None]
+        log.warning("journal segment=%s has no readable beginning; the one before is taken", path.name)
+    return []

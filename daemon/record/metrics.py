@@ -1,0 +1,62 @@
+"""Prometheus metrics, in a registry of their own. docs name the same list; a test holds them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from daemon import __version__
+
+_STAGE_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+
+class Metrics:
+    """Every metric the daemon has; the attributes are named as the metrics without their prefix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"inspectd_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"inspectd_{name}", text, labels, registry=self.registry)
+
+        self.frames_accepted = counter("frames_accepted_total", "Frames taken in; each gets a verdict.", "camera")
+        self.frames_refused = counter("frames_refused_total", "Frames not taken in.", "camera", "reason")
+        self.verdicts = counter("verdicts_total", "Parts judged.", "camera", "outcome", "reason")
+        self.sequence_gaps = counter("sequence_gaps_total", "Parts that never arrived.", "camera")
+        self.deadline_missed = counter("deadline_missed_total", "Parts rejected as LATE.", "camera")
+        self.stage_seconds = Histogram(
+            "inspectd_stage_seconds",
+            "Time a frame spends in a stage.",
+            ["stage"],
+            buckets=_STAGE_BUCKETS,
+            registry=self.registry,
+        )
+        self.queue_bytes = gauge("queue_bytes", "Bytes of frames that wait or are inspected.")
+        self.permits_unacked = gauge("permits_unacked", "Verdicts that a bridge has not acknowledged.")
+        self.permit_lease_seconds = gauge("permit_lease_seconds", "Time since the quietest bridge was last heard.")
+        self.engine_info = gauge("engine_info", "Engines in use; the value is 1.", "product", "version", "digest")
+        self.score_limit = gauge("score_limit", "Scores at or above it are rejected.", "product")
+        self.auth_denied = counter("auth_denied_total", "Peers or messages denied.", "reason")
+        self.journal_lag_seconds = gauge("journal_lag_seconds", "Time since the journal was last brought to disk.")
+        self.journal_fault = gauge("journal_fault", "1 while the journal cannot be written.")
+        self.recorder_dropped = gauge("recorder_dropped_frames", "Rejected frames that were not recorded.")
+        build = gauge("build_info", "The running version; the value is 1.", "version")
+        build.labels(__version__).set(1)
+
+
+def serve_metrics(metrics: Metrics, address: tuple[str, int]) -> Callable[[], None]:
+    """Serve on `address`; returns what stops the server."""
+    server: Any
+    server, thread = start_http_server(address[1], address[0], registry=metrics.registry)
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(2)
+
+    return stop
