@@ -1,0 +1,1 @@
+"""Processes at the edges of the line. They speak only the wire protocol."""

@@ -1,0 +1,195 @@
+"""The command `inspectd`. Exit codes: 0; 64 usage; 65 data; 69 device; 70 internal; 78 configuration or bundle.
+
+Commands of wings that the daemon does not know (trainer, adapters) join through the entry point group
+`inspectd.commands`, so that nothing here imports them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemon import __version__
+from daemon.config import load_config
+from daemon.errors import InspectError, UsageError
+from daemon.keys import Role, make_peer, make_server_key, make_signing_key
+
+CONFIG = click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True
+)
+KEYS = click.option("--keys", type=click.Path(path_type=Path), default=Path("keys"), show_default=True)
+
+
+class _Commands(click.Group):
+    """Our own commands, and those that installed wings bring."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(entry.name for entry in _guests())})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        entry = next((entry for entry in _guests() if entry.name == cmd_name), None)
+        if entry is None:
+            return None
+        try:
+            command: click.Command = entry.load()
+        except ImportError as error:
+            raise UsageError(f"{cmd_name}: {error}; it needs an extra: pip install 'inspectd[train]'") from error
+        return command
+
+
+def _guests() -> Any:
+    return entry_points(group="inspectd.commands")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="inspectd")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+def cli(log_level: str) -> None:
+    """Camera frames in, exactly one verdict for every part out."""
+    from daemon.logs import set_up_logs
+
+    set_up_logs(log_level)
+
+
+@cli.command()
+@CONFIG
+def run(config_path: Path) -> None:
+    """Run the daemon until SIGTERM, which drains it."""
+    from daemon.service import run_service
+
+    sys.exit(run_service(load_config(config_path)))
+
+
+@cli.command("check-config")
+@CONFIG
+def check_config(config_path: Path) -> None:
+    """Check a configuration; every problem at once."""
+    config = load_config(config_path)
+    cameras = ", ".join(f"{name} ({camera.product}, {camera.mode})" for name, camera in config.cameras.items())
+    print(f"{config_path}: good. Line {config.line}, cameras: {cameras}")
+
+
+@cli.command()
+@CONFIG
+def doctor(config_path: Path) -> None:
+    """Check the machine, the keys, the engines and the ports that a configuration needs."""
+    from daemon.doctor import examine
+
+    findings = examine(config_path)
+    for finding in findings:
+        print(finding)
+    sys.exit(78 if any(finding.state == "FAIL" for finding in findings) else 0)
+
+
+@cli.group()
+def keygen() -> None:
+    """Make keys: signing (engines), server (the daemon's sockets), peer (who may connect)."""
+
+
+@keygen.command("signing")
+@KEYS
+def keygen_signing(keys: Path) -> None:
+    """The key that signs engines; its public half is listed in trusted.yaml."""
+    make_signing_key(keys)
+    print(f"{keys / 'signing.key'}: keep it on the building machine. {keys / 'trusted.yaml'}: goes to every box.")
+
+
+@keygen.command("server")
+@KEYS
+def keygen_server(keys: Path) -> None:
+    """The daemon's CURVE pair."""
+    pair = make_server_key(keys)
+    print(f"{keys / 'server.yaml'}: the daemon's. Public key: {pair.publicKey}")
+
+
+@keygen.command("peer")
+@click.argument("name")
+@click.option("--role", "roles", multiple=True, type=click.Choice(["camera", "subscriber", "bridge"]), required=True)
+@click.option(
+    "--topic", "topics", multiple=True, default=["*"], help="What it may speak or hear on, e.g. frame/solar/cam1"
+)
+@KEYS
+def keygen_peer(name: str, roles: tuple[Role, ...], topics: tuple[str, ...], keys: Path) -> None:
+    """A camera, subscriber or PLC bridge that may connect."""
+    path = make_peer(keys, name, list(roles), list(topics))
+    print(f"{path}: carry it to the peer's machine, then delete it here. The daemon reads peers.yaml at its start.")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--product")
+@click.option("--maps", type=click.Path(path_type=Path), help="Write each map as DIR/<parent folder>/<stem>.npy")
+@click.option("--trusted", type=click.Path(path_type=Path), default=Path("keys/trusted.yaml"), show_default=True)
+@click.option("--precision", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+def score(  # noqa: PLR0917 - click hands every option over
+    bundle: Path,
+    paths: tuple[Path, ...],
+    product: str | None,
+    maps: Path | None,
+    trusted: Path,
+    precision: str,
+    threads: int,
+) -> None:
+    """Score images with an engine: one JSON object a line. Folders are taken whole."""
+    from daemon.score import open_pipeline, score_paths
+
+    pipeline = open_pipeline(bundle, trusted, precision, threads)
+    for line in score_paths(pipeline, list(paths), product, maps):
+        print(json.dumps(line), flush=True)
+
+
+@cli.command()
+@CONFIG
+@click.option("--verify", is_flag=True, help="Prove that every part has exactly one verdict; exit 65 if not.")
+@click.option("--last", type=click.IntRange(1), default=10, show_default=True)
+def ledger(config_path: Path, verify: bool, last: int) -> None:  # noqa: FBT001 - click hands flags over as they come
+    """What the ledger holds: counts by outcome, the newest parts, or the proof of the books."""
+    from daemon.ledger_report import print_audit, print_summary
+
+    folder = load_config(config_path).ledger.dir
+    sys.exit(print_audit(folder) if verify else print_summary(folder, last))
+
+
+def _control(command: str, text: str) -> click.Command:
+    @cli.command(command, help=text)
+    @CONFIG
+    def ask_daemon(config_path: Path) -> None:
+        from daemon.line.control import ask
+
+        print(json.dumps(ask(load_config(config_path).control.bind, command), indent=1))
+
+    return ask_daemon
+
+
+_control("status", "State, engines and parts in flight of the running daemon.")
+_control("pause", "Refuse frames (PAUSED); the PLC sees the state and holds REJECT.")
+_control("resume", "Take frames in again.")
+_control("drain", "Refuse frames, give every part in flight its verdict, then end.")
+
+
+def main() -> None:
+    """Entry point: errors become one clear text on stderr and the exit code of their kind."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except InspectError as error:
+        print(f"inspectd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,340 @@
+"""From a frame's arrival to its one verdict: the book of parts, the journal, the engines, the announcements.
+
+Runs in the loop and never waits. Every path into this room ends in `_settle`, which speaks for a part
+only if the book still has it in flight; whoever comes second (an engine after the deadline, a deadline
+after the engine) finds nothing to say. What is announced was journalled before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import monotonic_ns, time_ns
+from typing import Protocol
+
+from daemon.config import Camera, Config
+from daemon.errors import FrameError
+from daemon.inspection.decode import lossless
+from daemon.inspection.engine import Done, Engine, Job
+from daemon.line.parts import Entry, Gap, PartBook, Stream
+from daemon.line.wire import FramePart, encode_result, missing_verdict
+from daemon.record.journal import Journal, Record
+from daemon.record.metrics import Metrics
+from daemon.record.recorder import Recorder, Reject
+from daemon.types import Header, Outcome, PartKey, RawFrame, Reason, Refusal, Verdict
+
+log = logging.getLogger("inspectd.dispatch")
+
+_LATE_MARGIN_NS = 2_000_000  # the loop's clock has milliseconds, and the message has to leave
+_UNKNOWN_VALID_MS = 1000  # for parts of an earlier run whose camera is no longer configured
+_NOT_RECORDED = (Reason.OVERLOAD, Reason.SUPERSEDED, Reason.NOT_READY)  # a flood must not fill the disk
+
+
+class Announcer(Protocol):
+    """The line's ears: the results socket and the permit channel."""
+
+    def result(self, parts: list[bytes]) -> None: ...
+
+    def verdict(self, header: Header, valid_ms: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the camera is told."""
+
+    refusal: Refusal | None
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where things are kept; the recorder is optional."""
+
+    journal: Journal
+    metrics: Metrics
+    recorder: Recorder | None
+
+
+class Dispatcher:
+    """One per daemon. `engines` is by product; a product without an engine is NOT_READY."""
+
+    def __init__(self, config: Config, run: str, book: PartBook, records: Records, announcer: Announcer) -> None:
+        self.engines: dict[str, Engine] = {}
+        self.refuses: Refusal | None = None  # PAUSED or DRAINING
+        self.book = book
+        self._config = config
+        self._run = run
+        self._records = records
+        self._announcer = announcer
+        self._budget_bytes = config.queue_mb << 20
+        self._used_bytes = 0
+        self._frames: dict[PartKey, tuple[RawFrame, str]] = {}  # at an engine, with its product
+        self._newest: dict[str, PartKey] = {}  # by camera in mode `latest`: the one that waits
+
+    # -- frames in ---------------------------------------------------------------------------------
+
+    def on_frame(self, part: FramePart, owner: str) -> Answer:
+        """Take in or refuse a frame whose part is known, and settle at once what cannot be inspected."""
+        camera = self._config.cameras.get(part.camera)
+        if part.line != self._config.line or camera is None:
+            return self._refuse("unknown", Refusal.BAD_HEADER, f"no camera {part.line}/{part.camera} is configured")
+        if self.refuses is not None:
+            return self._refuse(part.camera, self.refuses)
+        admission = self.book.admit(part.key, owner)
+        if admission.refusal is not None:
+            return self._refuse(part.camera, admission.refusal, admission.detail)
+        now_ns = monotonic_ns()
+        entry = Entry(part.key, part.part_id, now_ns, now_ns + deadline_ns(camera.deadline_ms))
+        self._accept(entry, admission.gap)
+        try:
+            frame = part.frame()
+        except FrameError as error:
+            log.warning("bad frame camera=%s seq=%d: %s", part.camera, part.key.seq, error)
+            self._settle(part.key, Verdict(Outcome.REJECT, Reason.BAD_FRAME))
+        else:
+            self.book.in_flight[part.key] = replace(
+                entry, captured_ns=frame.captured_ns, is_simulated=frame.is_simulated
+            )
+            self._start(frame, part.key, camera, now_ns)
+        return Answer(None)
+
+    def _refuse(self, camera: str, refusal: Refusal, detail: str | None = None) -> Answer:
+        self._records.metrics.frames_refused.labels(camera, refusal.value).inc()
+        return Answer(refusal, detail)
+
+    def _accept(self, entry: Entry, gap: Gap | None) -> None:
+        """Journal the accept and the gap before it in one write, then tell of the missing parts."""
+        now_ns = time_ns()
+        key = entry.key
+        pieces = gap.pieces() if gap else []
+        accepted = {
+            "t": "accept",
+            "camera": key.camera,
+            "epoch": key.epoch,
+            "seq": key.seq,
+            "partId": entry.part_id,
+            "ns": now_ns,
+        }
+        self._records.journal.write(*(_missing_record(piece, now_ns) for piece in pieces), accepted)
+        self.book.open(entry)
+        self._records.metrics.frames_accepted.labels(key.camera).inc()
+        if gap:
+            log.warning("sequence gap camera=%s epoch=%s first=%d last=%d", gap.camera, gap.epoch, gap.first, gap.last)
+            self._records.metrics.sequence_gaps.labels(gap.camera).inc(gap.count)
+        for piece in pieces:
+            self._announce_missing(piece, now_ns)
+
+    def _start(self, frame: RawFrame, key: PartKey, camera: Camera, now_ns: int) -> None:
+        """Hand the frame to its engine, if there is one and the byte budget allows."""
+        product = frame.product or camera.product
+        engine = self.engines.get(product)
+        if engine is None:
+            self._settle(key, Verdict(Outcome.REJECT, Reason.NOT_READY))
+            return
+        if camera.mode == "latest":
+            self._supersede(key)
+        self._make_room(frame.payload.nbytes)
+        if self._used_bytes + frame.payload.nbytes > self._budget_bytes:
+            self._settle(key, Verdict(Outcome.REJECT, Reason.OVERLOAD), frame)
+            return
+        self._frames[key] = (frame, product)
+        self._used_bytes += frame.payload.nbytes
+        engine.submit(Job(key, frame, product, now_ns))
+
+    def _supersede(self, key: PartKey) -> None:
+        """The newest frame of a camera overtakes the one that still waits."""
+        older = self._newest.get(key.camera)
+        self._newest[key.camera] = key
+        if older is not None and (frame := self._withdraw(older)) is not None:
+            self._settle(older, Verdict(Outcome.REJECT, Reason.SUPERSEDED), frame)
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Late frames that still wait for their score are given up before a fresh one is turned away."""
+        for engine in self.engines.values():
+            while self._used_bytes + wanted_bytes > self._budget_bytes and (late := engine.oldest_late()) is not None:
+                self._withdraw(late)
+
+    def _withdraw(self, key: PartKey) -> RawFrame | None:
+        """Take a waiting frame back from its engine; None when it does not wait any more."""
+        frame, product = self._frames.get(key, (None, ""))
+        if frame is None or not self.engines[product].withdraw(key):
+            return None
+        self._release(key)
+        return frame
+
+    def _release(self, key: PartKey) -> RawFrame | None:
+        frame, _ = self._frames.pop(key, (None, ""))
+        if frame is not None:
+            self._used_bytes -= frame.payload.nbytes
+        return frame
+
+    def credit(self, frame_bytes: int) -> int:
+        """How many more frames of this size the byte budget takes now."""
+        return max(0, self._budget_bytes - self._used_bytes) // max(frame_bytes, 1)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    # -- verdicts out ------------------------------------------------------------------------------
+
+    def on_done(self, done: Done) -> None:
+        """An engine has judged: the verdict, or the late score of a part that has one already."""
+        frame = self._release(done.key)
+        if not self._settle(done.key, done.verdict, frame):
+            self._announce_late(done)
+
+    def on_time(self, now_ns: int) -> None:
+        """Whatever has reached its deadline is LATE now, whether its engine works on it or not."""
+        for key in self.book.due(now_ns):
+            frame, product = self._frames.get(key, (None, ""))
+            if product in self.engines:
+                self.engines[product].postpone(key)
+            self._settle(key, Verdict(Outcome.REJECT, Reason.LATE), frame)
+
+    def give_up(self, reason: Reason) -> None:
+        """Settle everything in flight: the daemon is about to end."""
+        for key in list(self.book.in_flight):
+            self._settle(key, Verdict(Outcome.REJECT, reason))
+
+    def recover(self, pending: list[PartKey]) -> None:
+        """Parts accepted by an earlier run that never got a verdict: they get theirs, once."""
+        for key in pending:
+            self._settle(key, missing_verdict())
+
+    def _settle(self, key: PartKey, verdict: Verdict, frame: RawFrame | None = None) -> bool:
+        """Speak for a part, if nobody has. Journal first, then the permit, then the result."""
+        entry = self.book.settle(key)
+        if entry is None:
+            return False
+        total_ms = (monotonic_ns() - entry.arrived_ns) / 1e6
+        verdict = replace(verdict, timings=replace(verdict.timings, total_ms=total_ms))
+        decided_ns = time_ns()
+        self._records.journal.write(_verdict_record(entry, verdict, decided_ns))
+        header = self._part_header(entry.key, entry.part_id, decided_ns)
+        self._announcer.verdict(_permit_header(header, verdict), self._valid_ms(key.camera))
+        header.update(capturedNs=entry.captured_ns, isSimulated=entry.is_simulated)
+        self._announcer.result(encode_result(self._topic("result", key.camera), header, verdict))
+        self._count(key.camera, verdict)
+        self._record(header, verdict, frame)
+        return True
+
+    def _announce_missing(self, gap: Gap, decided_ns: int) -> None:
+        key = PartKey(gap.camera, gap.epoch, gap.first)
+        header = self._part_header(key, None, decided_ns)
+        if gap.count > 1:
+            header.update(seqFrom=gap.first, seqTo=gap.last)
+        verdict = missing_verdict()
+        self._announcer.verdict(_permit_header(header, verdict), self._valid_ms(gap.camera))
+        header.update(capturedNs=None, isSimulated=False)
+        self._announcer.result(encode_result(self._topic("result", gap.camera), header, verdict))
+        self._count(gap.camera, verdict, gap.count)
+
+    def _announce_late(self, done: Done) -> None:
+        key = done.key
+        header = self._part_header(key, None, time_ns())
+        self._announcer.result(encode_result(self._topic("late", key.camera), header, done.verdict))
+
+    def _valid_ms(self, camera: str) -> int:
+        known = self._config.cameras.get(camera)
+        return known.valid_ms if known else _UNKNOWN_VALID_MS
+
+    def _topic(self, kind: str, camera: str) -> str:
+        return f"{kind}/{self._config.line}/{camera}"
+
+    def _part_header(self, key: PartKey, part_id: str | None, decided_ns: int) -> Header:
+        part = {"camera": key.camera, "epoch": key.epoch, "seq": key.seq, "partId": part_id}
+        return {"run": self._run, **part, "decidedNs": decided_ns}
+
+    def _count(self, camera: str, verdict: Verdict, parts: int = 1) -> None:
+        metrics = self._records.metrics
+        reason = verdict.reason.value if verdict.reason else ""
+        metrics.verdicts.labels(camera, verdict.outcome.value, reason).inc(parts)
+        if verdict.reason is Reason.LATE:
+            metrics.deadline_missed.labels(camera).inc()
+        timings = verdict.timings
+        stages = ("queue", "decode", "preprocess", "infer", "postprocess", "total")
+        for stage in stages:
+            milliseconds = getattr(timings, f"{stage}_ms")
+            if milliseconds is not None:
+                metrics.stage_seconds.labels(stage).observe(milliseconds / 1e3)
+
+    def _record(self, header: Header, verdict: Verdict, frame: RawFrame | None) -> None:
+        recorder = self._records.recorder
+        if recorder is None or frame is None or verdict.reason is None or verdict.reason in _NOT_RECORDED:
+            return
+        facts = {
+            "outcome": verdict.outcome.value,
+            "reason": verdict.reason,
+            "score": verdict.score,
+            "limit": verdict.limit,
+        }
+        encode: Callable[[], tuple[str, bytes]] = lambda: lossless(frame)  # noqa: E731
+        recorder.submit(Reject({**header, **facts}, frame.payload.nbytes, encode))
+
+    # -- state that outlives the process -----------------------------------------------------------
+
+    def snapshot(self) -> Record:
+        """All that a later run needs from the journal, as the first record of a segment."""
+        streams = {
+            camera: {"epoch": stream.epoch, "lastSeq": stream.last_seq, "retired": sorted(stream.retired)}
+            for camera, stream in self.book.streams.items()
+        }
+        pending = [[e.key.camera, e.key.epoch, e.key.seq, e.part_id] for e in self.book.in_flight.values()]
+        return {"t": "run", "run": self._run, "ns": time_ns(), "streams": streams, "pending": pending}
+
+
+def deadline_ns(deadline_ms: int) -> int:
+    """From arrival to the moment LATE is said: a little before the deadline, so that it leaves by it."""
+    return deadline_ms * 1_000_000 - min(_LATE_MARGIN_NS, deadline_ms * 100_000)
+
+
+def replay(records: list[Record]) -> PartBook:
+    """The book as an earlier run left it, from the records since its last snapshot. Owners are not kept."""
+    book = PartBook()
+    for record in records:
+        kind = record["t"]
+        if kind == "run":
+            book = PartBook(
+                {
+                    camera: Stream(state["epoch"], state["lastSeq"], set(state["retired"]))
+                    for camera, state in record["streams"].items()
+                }
+            )
+            for camera, epoch, seq, part_id in record["pending"]:
+                book.open(Entry(PartKey(camera, epoch, seq), part_id, 0, 0))
+            continue
+        key = PartKey(record["camera"], record["epoch"], record["seq"])
+        if kind == "accept":
+            book.admit(key, "")
+            book.open(Entry(key, record["partId"], 0, 0))
+        else:
+            book.settle(key)
+    for stream in book.streams.values():
+        stream.owner = None
+    return book
+
+
+def _missing_record(gap: Gap, now_ns: int) -> Record:
+    record = {"t": "verdict", "camera": gap.camera, "epoch": gap.epoch, "seq": gap.first, "partId": None, "ns": now_ns}
+    blank = {"outcome": Outcome.REJECT.value, "reason": Reason.MISSING.value}
+    return {**record, "seqTo": gap.last, **blank, "score": None, "limit": None, "pValue": None, "engine": None}
+
+
+def _verdict_record(entry: Entry, verdict: Verdict, now_ns: int) -> Record:
+    key = entry.key
+    return {
+        "t": "verdict", "camera": key.camera, "epoch": key.epoch, "seq": key.seq, "partId": entry.part_id, "ns": now_ns,
+        "outcome": verdict.outcome.value, "reason": verdict.reason.value if verdict.reason else None,
+        "score": verdict.score, "limit": verdict.limit, "pValue": verdict.p_value,
+        "engine": verdict.engine.digest if verdict.engine else None,
+    }  # fmt: skip
+
+
+def _permit_header(header: Header, verdict: Verdict) -> Header:
+    """A permit message is small: who, and the outcome."""
+    kept: Header = {
+        key: header[key] for key in ("epoch", "seq", "camera", "partId", "seqFrom", "seqTo") if key in header
+    }
+    return {**kept, "outcome": verdict.outcome.value, "reason": verdict.reason.value if verdict.reason else None}

@@ -1,0 +1,354 @@
+"""Start, loop, drain, stop. The only room that knows all three wings.
+
+The loop owns every socket and every deadline. It never waits for an engine: engines report through a
+queue and wake the loop by one byte. The start is ordered so that READY is only said when everything
+that could refuse has been asked.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import zmq
+
+from daemon.config import Config
+from daemon.dispatch import Dispatcher, Records, replay
+from daemon.errors import WireError
+from daemon.inspection.engine import Done
+from daemon.keys import Keyring, load_keyring
+from daemon.line.control import decode_request
+from daemon.line.notify import notify, watchdog_interval_s
+from daemon.line.permit import Outgoing, PermitDesk
+from daemon.line.ports import Message, Ports, receive
+from daemon.line.wire import decode_frame, decode_header, encode_answer, encode_header
+from daemon.loading import describe, open_engines
+from daemon.record.journal import Journal, last_run
+from daemon.record.metrics import Metrics, serve_metrics
+from daemon.record.recorder import Recorder
+from daemon.types import Header, Reason, Refusal
+from daemon.writer import Writer
+
+log = logging.getLogger("inspectd.service")
+
+EXIT_HUNG = 70
+_MOST_WAIT_MS = 50  # the loop looks at hangs, watchdog and metrics at least this often
+_MOST_AT_ONCE = 16  # messages taken from one socket before the others are looked at
+_DRAIN_S = 30.0
+_LINGER_MS = 500
+
+
+class Service:
+    """One run of the daemon. `run` is called once, on the main thread."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.run_id = uuid4().hex
+        self._metrics = Metrics()
+        self._done: deque[Done] = deque()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._drain_until_s: float | None = None
+        self._closers: list[Callable[[], Any]] = []
+        self._watchdog_s = watchdog_interval_s()
+        self._next_watchdog_s = 0.0
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Start, loop until drained, stop. Returns the exit code."""
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._start()
+            return self._loop()
+        finally:
+            self._stop()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _start(self) -> None:
+        notify("STATUS=starting")
+        config = self._config
+        keyring = self._keyring()
+        engines = open_engines(config, self._metrics, self._on_engine_thread)
+        book = replay(last_run(config.ledger.dir))
+        pending = list(book.in_flight)
+        self._ports = Ports(config, keyring, lambda reason: self._metrics.auth_denied.labels(reason).inc())
+        self._closers.append(lambda: self._ports.close(_LINGER_MS))
+        self._ports.prove_closed()
+        journal = Journal(config.ledger.dir)
+        recorder = Recorder(config.recorder.dir, int(config.recorder.keep_gb * 1e9)) if config.recorder else None
+        self._journal = journal
+        self._desk = PermitDesk(self.run_id, describe(config, engines), config.permits.heartbeat_ms)
+        self.dispatcher = Dispatcher(config, self.run_id, book, Records(journal, self._metrics, recorder), self)
+        journal.begin(self.dispatcher.snapshot(), time.time_ns())
+        self._closers.append(journal.close)
+        writer = Writer(config, journal, recorder, self._metrics)
+        writer.start()
+        self._closers.append(lambda: writer.stop(10))
+        if config.metrics is not None:
+            self._closers.append(serve_metrics(self._metrics, config.metrics.address))
+        for engine in engines.values():
+            engine.start()
+        self._closers.append(lambda: [engine.stop(2) for engine in engines.values()])
+        self.dispatcher.engines = engines
+        self.dispatcher.recover(pending)
+        self._calm_the_interpreter()
+        self._set_state("RUNNING")
+        notify("READY=1", "STATUS=inspecting")
+        log.info("ready run=%s cameras=%s recovered_missing=%d", self.run_id, ",".join(config.cameras), len(pending))
+
+    def _keyring(self) -> Keyring | None:
+        needed = any(endpoint.uses_curve for _, endpoint in self._config.endpoints())
+        return load_keyring(self._config.security.keys) if needed else None
+
+    def _calm_the_interpreter(self) -> None:
+        """Keep the collector and the interpreter lock out of the way of deadlines."""
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+        sys.setswitchinterval(0.0005)
+
+    # -- loop --------------------------------------------------------------------------------------
+
+    def _loop(self) -> int:
+        ports, poller = self._ports, zmq.Poller()
+        serve: dict[Any, Callable[[], bool]] = {
+            ports.zap.socket: self._serve_zap,
+            ports.results: self._serve_subscription,
+            ports.permits: self._serve_permit,
+            ports.control: self._serve_control,
+            **{socket: lambda socket=socket: self._serve_input(socket) for socket in ports.inputs},  # type: ignore[misc]
+        }
+        for served in (*serve, self._wake_in.fileno()):
+            poller.register(served, zmq.POLLIN)
+        while not self._is_finished():
+            for ready, _ in poller.poll(self._wait_ms()):
+                if ready in serve:
+                    self._serve_some(serve[ready])
+            self._take_done()
+            now_ns = time.monotonic_ns()
+            self.dispatcher.on_time(now_ns)
+            self._beat(now_ns)
+            self._look_around(now_ns)
+            if self._is_hung(now_ns):
+                return EXIT_HUNG
+        return 0
+
+    def _serve_some(self, serve: Callable[[], bool]) -> None:
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                if not serve():
+                    return
+            except zmq.Again:
+                return
+
+    def _wait_ms(self) -> int:
+        """Until the next thing that has a time, at most _MOST_WAIT_MS."""
+        now_ns = time.monotonic_ns()
+        soonest_ns = self._desk.next_tick_ns()
+        deadline_ns = self.dispatcher.book.next_deadline_ns()
+        if deadline_ns is not None:
+            soonest_ns = min(soonest_ns, deadline_ns)
+        return min(_MOST_WAIT_MS, max(0, -((now_ns - soonest_ns) // 1_000_000)))
+
+    def _serve_input(self, source: zmq.Socket[bytes]) -> bool:
+        routed = source.type == zmq.ROUTER
+        message = receive(source, routed=routed)
+        if message is None:
+            return False
+        answer = self._answer_frame(message, curve=self._ports.inputs[source].uses_curve)
+        if routed:
+            source.send_multipart([message.identity, *answer], zmq.NOBLOCK)
+        return True
+
+    def _answer_frame(self, message: Message, *, curve: bool) -> list[bytes]:
+        line = self._config.line
+        try:
+            part = decode_frame(message.parts)
+        except WireError as error:
+            log.warning("bad header: %s", error)
+            self._metrics.frames_refused.labels("unknown", Refusal.BAD_HEADER.value).inc()
+            return encode_answer(line, None, Refusal.BAD_HEADER.value, 0, str(error))
+        topic = f"frame/{part.line}/{part.camera}"
+        if not self._ports.doorman.admits(curve=curve, key=message.key, role="camera", topic=topic):
+            camera = part.camera if part.camera in self._config.cameras else "unknown"
+            self._metrics.frames_refused.labels(camera, Refusal.FORBIDDEN.value).inc()
+            return encode_answer(line, part.key, Refusal.FORBIDDEN.value, 0, f"this key may not speak on {topic}")
+        answer = self.dispatcher.on_frame(part, message.key)
+        refusal = answer.refusal.value if answer.refusal else None
+        return encode_answer(line, part.key, refusal, self.dispatcher.credit(part.payload_bytes), answer.detail)
+
+    def _take_done(self) -> None:
+        try:
+            while self._wake_in.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        while self._done:
+            self.dispatcher.on_done(self._done.popleft())
+
+    def _on_engine_thread(self, done: Done) -> None:
+        self._done.append(done)
+        try:
+            self._wake_out.send(b"\0")
+        except BlockingIOError:
+            return  # the loop has thousands of bytes to wake up by already
+
+    def _serve_zap(self) -> bool:
+        self._ports.zap.serve()
+        return True
+
+    def _serve_subscription(self) -> bool:
+        self._ports.serve_subscription()
+        return True
+
+    def _serve_permit(self) -> bool:
+        message = receive(self._ports.permits, routed=True)
+        if message is None:
+            return False
+        admitted = self._ports.doorman.admits(curve=self._config.permits.uses_curve, key=message.key, role="bridge")
+        try:
+            header = decode_header(message.parts[-1]) if message.parts else {}
+        except WireError as error:
+            log.warning("bad permit message: %s", error)
+            return True
+        if admitted:
+            self._send_permits(self._desk.receive(message.identity, header, time.monotonic_ns()))
+        return True
+
+    def _serve_control(self) -> bool:
+        parts = self._ports.control.recv_multipart(zmq.NOBLOCK)
+        try:
+            answer = {"ok": True, **self._obey(decode_request(parts[1:]))}
+        except WireError as error:
+            answer = {"ok": False, "error": str(error)}
+        self._ports.control.send_multipart([parts[0], encode_header(answer)], zmq.NOBLOCK)
+        return True
+
+    def _obey(self, command: str) -> Header:
+        if command == "pause" and self._drain_until_s is None:
+            self.dispatcher.refuses = Refusal.PAUSED
+            self._set_state("PAUSED")
+        elif command == "resume" and self._drain_until_s is None:
+            self.dispatcher.refuses = None
+            self._set_state("RUNNING")
+        elif command == "drain":
+            self._drain()
+        return self._status()
+
+    def _status(self) -> Header:
+        engines = {
+            name: {"version": engine.pipeline.bundle.manifest.version, "digest": engine.pipeline.bundle.digest}
+            for name, engine in self.dispatcher.engines.items()
+        }
+        return {
+            "state": self._desk.state,
+            "run": self.run_id,
+            "line": self._config.line,
+            "cameras": list(self._config.cameras),
+            "engines": engines,
+            "inFlight": len(self.dispatcher.book.in_flight),
+            "queueBytes": self.dispatcher.used_bytes,
+            "journalFault": self._journal.fault,
+        }
+
+    # -- the line's ears (dispatch.Announcer) ------------------------------------------------------
+
+    def result(self, parts: list[bytes]) -> None:
+        self._ports.results.send_multipart(parts, zmq.NOBLOCK)
+
+    def verdict(self, header: Header, valid_ms: int) -> None:
+        self._send_permits(self._desk.verdict(header, valid_ms, time.monotonic_ns()))
+
+    def _beat(self, now_ns: int) -> None:
+        """Heartbeats to the bridges, and the same state to subscribers: silence on either means trouble."""
+        if now_ns >= self._desk.next_tick_ns():
+            health = {"v": 1, "run": self.run_id, "state": self._desk.state, "sentNs": time.time_ns()}
+            self.result([f"health/{self._config.line}".encode(), encode_header(health)])
+        self._send_permits(self._desk.tick(now_ns))
+
+    def _send_permits(self, outgoing: list[Outgoing]) -> None:
+        topic = f"permit/{self._config.line}".encode()
+        for bridge, header in outgoing:
+            try:
+                self._ports.permits.send_multipart([bridge, topic, encode_header(header)], zmq.NOBLOCK)
+            except zmq.ZMQError:
+                # Gone, or it does not read: it must say HELLO again. Its lease runs out meanwhile.
+                self._desk.forget(bridge)
+
+    # -- watching, draining, stopping --------------------------------------------------------------
+
+    def _look_around(self, now_ns: int) -> None:
+        if self._journal.is_full:
+            self._journal.begin(self.dispatcher.snapshot(), time.time_ns())
+        self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
+        self._metrics.permits_unacked.set(self._desk.unacked)
+        self._metrics.permit_lease_seconds.set(self._desk.quietest_s(now_ns))
+        if self._watchdog_s is not None and now_ns / 1e9 >= self._next_watchdog_s:
+            self._next_watchdog_s = now_ns / 1e9 + self._watchdog_s
+            notify("WATCHDOG=1")
+
+    def _is_hung(self, now_ns: int) -> bool:
+        hang_ms = self._config.backend.hang_ms
+        hung = [name for name, engine in self.dispatcher.engines.items() if engine.busy_ms(now_ns) > hang_ms]
+        if hung:
+            log.critical(
+                "engine hung product=%s hang_ms=%d: the process ends and must be started again", hung[0], hang_ms
+            )
+            self.dispatcher.give_up(Reason.ENGINE_ERROR)
+        return bool(hung)
+
+    def _set_state(self, state: str) -> None:
+        self._desk.state = state
+        notify(f"STATUS={state.lower()}")
+        log.info("state=%s", state)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        log.info("signal=%s", signal.Signals(number).name)
+        if self._drain_until_s is None and hasattr(self, "dispatcher"):
+            self._drain()
+        else:
+            self._drain_until_s = 0.0  # a second signal does not wait
+
+    def _drain(self) -> None:
+        """Take in nothing more; the loop ends when every part in flight has its verdict."""
+        self._drain_until_s = time.monotonic() + _DRAIN_S
+        self.dispatcher.refuses = Refusal.DRAINING
+        self._set_state("DRAINING")
+        notify("STOPPING=1")
+
+    def _is_finished(self) -> bool:
+        if self._drain_until_s is None:
+            return False
+        return not self.dispatcher.book.in_flight or time.monotonic() >= self._drain_until_s
+
+    def _stop(self) -> None:
+        """Undo the start in reverse order."""
+        if hasattr(self, "dispatcher"):
+            self.dispatcher.give_up(Reason.LATE)
+        while self._closers:
+            try:
+                self._closers.pop()()
+            except Exception:
+                log.exception("while stopping")
+        self._wake_out.close()
+
+
+def run_service(config: Config) -> int:
+    """Run the daemon to its end. A hung engine's thread cannot be joined, so the process leaves at once."""
+    code = Service(config).run()
+    if code == EXIT_HUNG:
+        logging.shutdown()
+        os._exit(code)
+    return code

@@ -1,0 +1,80 @@
+"""The writer thread: brings the journal to disk, fills the ledger from it, records rejected frames.
+
+Nothing here can stop inspection: what fails is logged, shown as a metric, and tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from time import monotonic
+
+from daemon.config import Config
+from daemon.record.journal import Journal
+from daemon.record.ledger import Ledger
+from daemon.record.metrics import Metrics
+from daemon.record.recorder import Recorder
+
+log = logging.getLogger("inspectd.writer")
+
+SYNC_S = 0.1
+_FILL_EVERY = 5  # rounds of SYNC_S
+_FORGET_EVERY_S = 3600.0
+
+
+class Writer:
+    """Owns the ledger; shares the journal and the recorder with the loop."""
+
+    def __init__(self, config: Config, journal: Journal, recorder: Recorder | None, metrics: Metrics) -> None:
+        self._config = config
+        self._journal = journal
+        self._recorder = recorder
+        self._metrics = metrics
+        self._stop = threading.Event()
+        self._synced_s = monotonic()
+        self._thread = threading.Thread(target=self._work, name="inspectd-writer", daemon=True)
+        metrics.journal_lag_seconds.set_function(lambda: monotonic() - self._synced_s)
+        metrics.journal_fault.set_function(lambda: float(journal.fault is not None))
+        if recorder is not None:
+            metrics.recorder_dropped.set_function(lambda: recorder.dropped)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """A last round, then the end."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        ledger = Ledger(self._config.ledger.dir)
+        round_number, forgotten_s = 0, -_FORGET_EVERY_S
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(SYNC_S)
+            self._sync()
+            if self._recorder is not None:
+                self._recorder.write_waiting()
+            round_number += 1
+            if stopping or round_number % _FILL_EVERY == 0:
+                due = monotonic() - forgotten_s >= _FORGET_EVERY_S
+                forgotten_s = monotonic() if due else forgotten_s
+                self._fill(ledger, forget=due)
+        ledger.close()
+
+    def _sync(self) -> None:
+        try:
+            self._journal.sync()
+        except OSError as error:
+            log.error("journal cannot be brought to disk: %s", error)  # noqa: TRY400 - the trace adds nothing
+        else:
+            self._synced_s = monotonic()
+
+    def _fill(self, ledger: Ledger, *, forget: bool) -> None:
+        try:
+            ledger.fill()
+            if forget:
+                ledger.forget(self._config.ledger.keep_days)
+        except (sqlite3.Error, OSError) as error:
+            log.error("ledger is behind the journal, tried again: %s", error)  # noqa: TRY400 - the trace adds nothing
