@@ -108,18 +108,16 @@ class Line:
             raise InspectError("the daemon takes no more frames: the send queue is full") from error
 
     def pump(self, timeout_ms: float) -> None:
-        """Ping when it is time, and take in whatever arrives within `timeout_ms`."""
+        """Ping when it is time, and take in whatever arrives within `timeout_ms` (and up to 1 ms more)."""
         until_ns = time.monotonic_ns() + int(timeout_ms * 1e6)
         while True:
             now_ns = time.monotonic_ns()
             if now_ns >= self._next_ping_ns:
                 self._ping(now_ns)
             wait_ns = min(until_ns, self._next_ping_ns) - now_ns
-            # Polls take whole milliseconds; the last one is waited for in short steps, so that a frame leaves on time.
-            events = self._poller.poll(max(0, wait_ns // 1_000_000))
-            for socket, _ in events:
+            for socket, _ in self._poller.poll(max(0, -(-wait_ns // 1_000_000))):
                 self._take_all(socket)
-            if not events and time.monotonic_ns() >= until_ns - 1_000_000:
+            if time.monotonic_ns() >= until_ns:
                 return
 
     def close(self) -> None:

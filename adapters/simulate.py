@@ -74,10 +74,8 @@ def stream(line: Line, pictures: list[Picture], plan: Plan, report: Reporter | N
         if generator.random() < plan.lose and 0 < seq < len(pictures) - 1:
             lost.add(seq)
             continue
-        line.pump(max(0, due_ns - time.monotonic_ns()) / 1e6)
-        while time.monotonic_ns() < due_ns:
-            time.sleep(0.0002)
-        line.send(_frame(line, seq, picture))
+        wait_until(line, due_ns)
+        line.send(picture_frame(line, seq, picture))
         if report is not None:
             report.show(line)
     until = time.monotonic() + 10
@@ -87,12 +85,19 @@ def stream(line: Line, pictures: list[Picture], plan: Plan, report: Reporter | N
     return lost
 
 
+def wait_until(line: Line, due_ns: int) -> None:
+    """Pump up to a millisecond before `due_ns` (monotonic), then sleep the rest: a poll's grain is a millisecond."""
+    line.pump(max(0.0, (due_ns - time.monotonic_ns()) / 1e6 - 1.5))
+    time.sleep(max(0, due_ns - time.monotonic_ns()) / 1e9)
+
+
 def _is_answered(part: SentPart) -> bool:
     refused = part.answer is not None and part.answer["status"] == "refused"
     return refused or (bool(part.results) and bool(part.permits))
 
 
-def _frame(line: Line, seq: int, picture: Picture) -> RawFrame:
+def picture_frame(line: Line, seq: int, picture: Picture) -> RawFrame:
+    """The picture as the line's camera sends it under this number."""
     return RawFrame(
         camera=line.camera,
         epoch=line.epoch,

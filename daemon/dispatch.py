@@ -208,12 +208,13 @@ class Dispatcher:
         entry = self.book.settle(key)
         if entry is None:
             return False
-        total_ms = (monotonic_ns() - entry.arrived_ns) / 1e6
-        verdict = replace(verdict, timings=replace(verdict.timings, total_ms=total_ms))
         decided_ns = time_ns()
         self._records.journal.write(_verdict_record(entry, verdict, decided_ns))
         header = self._part_header(entry.key, entry.part_id, decided_ns)
         self._announcer.verdict(_permit_header(header, verdict), self._valid_ms(key.camera))
+        # The total is taken as late as a message can carry it: behind the journal and the permit.
+        total_ms = (monotonic_ns() - entry.arrived_ns) / 1e6
+        verdict = replace(verdict, timings=replace(verdict.timings, total_ms=total_ms))
         header.update(capturedNs=entry.captured_ns, isSimulated=entry.is_simulated)
         self._announcer.result(encode_result(self._topic("result", key.camera), header, verdict))
         self._count(key.camera, verdict)

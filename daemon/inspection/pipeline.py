@@ -119,20 +119,19 @@ def frame_size(frame: Frame) -> tuple[int, int]:
 
 def to_frame_size(mask: ByteArray, frame_hw: tuple[int, int]) -> ByteArray:
     """A mask at the frame's size, nearest pixel, so that it keeps its two values."""
-    resized = cv2.resize(mask, frame_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    return resized.astype(np.uint8, copy=False)
+    return np.asarray(cv2.resize(mask, frame_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
 
 
 def map_at_frame_size(anomaly: AnomalyMap) -> FloatArray:
     """The map at the frame's size (H W), bilinear; what pixel metrics are taken on."""
-    resized = cv2.resize(anomaly.values, anomaly.frame_hw[::-1], interpolation=cv2.INTER_LINEAR)
-    return resized.astype(np.float32, copy=False)
+    return np.asarray(cv2.resize(anomaly.values, anomaly.frame_hw[::-1], interpolation=cv2.INTER_LINEAR), np.float32)
 
 
 def heat(anomaly: AnomalyMap, limit: float) -> ByteArray:
     """The map at the frame's size in 8 bit: the map limit is 128, the map's zero (the median good patch) is 0."""
     scale = 128.0 / limit if limit > 0 else 1.0
-    return np.clip(map_at_frame_size(anomaly) * scale, 0, 255).astype(np.uint8)
+    shade: ByteArray = np.clip(map_at_frame_size(anomaly) * scale, 0, 255).astype(np.uint8)
+    return shade
 
 
 def for_display(frame: Frame) -> ByteArray:

@@ -1,9 +1,10 @@
 """The CPU backend: OpenVINO for the networks and the search, OpenCV and NumPy for the rest.
 
-One OpenVINO graph holds the feature network and the nearest-neighbour search, so that the score
-matrix (P M) never leaves it. The search maximises q.m - |m|^2 / 2, which is the nearest row by
-squared L2; the winner's distance is then taken again from the two vectors themselves in float32, so
-that no cancellation and no low precision enters the score.
+The search maximises q.m - |m|^2 / 2, which is the nearest row by squared L2, inside one OpenVINO graph,
+so that the score matrix (P M) never leaves it. The winner's distance is then taken again from the two
+vectors themselves in float32, so that no cancellation and no low precision enters the score.
+Precision bf16 is that of the search alone: it may pick a row that is as near to within bf16, while a
+network in bf16 shifts every feature and does not reproduce the golden frames (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 from openvino import opset13 as ops
 from safetensors.numpy import load as load_tensors
@@ -34,7 +36,7 @@ class CpuBackend:
         self._preprocessing = manifest.preprocessing
         self._bank = load_bank(bundle)
         self._grid = manifest.grid
-        self._request = _compile(bundle.read(NETWORKS), self._bank, precision, threads)
+        self._network, self._search = _compile(bundle.read(NETWORKS), self._bank, precision, threads)
         self._alpha_density = np.float32(manifest.alpha) * self._bank["density"]
         self._standardisation = manifest.fusion.standardisation["ldknn"]
         self._weight = np.float32(manifest.fusion.weights["ldknn"])
@@ -45,16 +47,27 @@ class CpuBackend:
     def preprocess(self, frame: Frame) -> Tensor:
         return Tensor(normalise(frame, self._preprocessing))
 
-    def features(self, tensor: Tensor) -> tuple[FloatArray, Any]:
-        """Tap: the patch features (P C) and each patch's nearest bank row (P,). The trainer reads them too."""
+    def features(self, tensor: Tensor) -> FloatArray:
+        """Tap: the patch features (P C). The array is the network's own buffer, good until the next call."""
         try:
-            self._request.infer([tensor.values], share_inputs=True)
+            self._network.infer([tensor.values], share_inputs=True)
         except RuntimeError as error:
             raise DeviceError(f"OpenVINO failed: {error}") from error
-        return self._request.get_output_tensor(0).data, self._request.get_output_tensor(1).data.reshape(-1)
+        features: FloatArray = self._network.get_output_tensor(0).data
+        return features
+
+    def nearest(self) -> npt.NDArray[np.int32]:
+        """Tap: for each patch of the last `features` the index (P,) of its nearest bank row."""
+        try:
+            self._search.infer()
+        except RuntimeError as error:
+            raise DeviceError(f"OpenVINO failed: {error}") from error
+        rows: npt.NDArray[np.int32] = self._search.get_output_tensor(0).data.reshape(-1)
+        return rows
 
     def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
-        features, nearest = self.features(tensor)
+        features = self.features(tensor)
+        nearest = self.nearest()
         difference = features - self._bank["core"][nearest]
         distance_sq = np.einsum("pc,pc->p", difference, difference)
         # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
@@ -72,7 +85,7 @@ class CpuBackend:
         return AnomalyMap(smoothed, frame_hw, float(smoothed.max()))
 
     def close(self) -> None:
-        del self._request
+        del self._network, self._search
 
 
 def normalise(frame: Frame, preprocessing: Preprocessing) -> FloatArray:
@@ -141,25 +154,35 @@ def load_bank(bundle: Bundle) -> dict[str, FloatArray]:
     return {name: np.ascontiguousarray(tensors[name], np.float32) for name in shapes}
 
 
-def _compile(networks: bytes, bank: dict[str, FloatArray], precision: str, threads: int) -> Any:
-    """Feature network + search as one compiled graph: outputs features (P C) and nearest row (P 1)."""
+def _compile(networks: bytes, bank: dict[str, FloatArray], precision: str, threads: int) -> tuple[Any, Any]:
+    """Requests of the feature network (f32) and of the search, which reads the network's output in place."""
     core = ov.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise DeviceError("precision bf16: this processor has no bf16 instructions; set backend.precision to f32")
     try:
-        network = core.read_model(networks)
-        features = network.output(0).get_node().input_value(0)
-        product = ops.matmul(features, ops.constant(np.ascontiguousarray(bank["core"].T)), False, False)
-        similarity = ops.add(product, ops.constant(bank["bias"][None, :]))
-        winner = ops.topk(similarity, ops.constant(1), 1, "max", "none")
-        results = [ops.result(features), ops.result(winner.output(1))]
-        model = ov.Model(results, network.get_parameters(), "inspectd")
-        options = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        return core.compile_model(model, "CPU", options).create_infer_request()
+        model = core.read_model(networks)
+        network = core.compile_model(model, "CPU", _options("f32", threads)).create_infer_request()
+        search_model = _search_model(tuple(model.output(0).shape), bank)
+        search = core.compile_model(search_model, "CPU", _options(precision, threads)).create_infer_request()
+        search.set_input_tensor(network.get_output_tensor(0))
     except RuntimeError as error:
         raise DeviceError(f"OpenVINO cannot prepare this engine: {error}") from error
+    return network, search
+
+
+def _search_model(shape: tuple[int, ...], bank: dict[str, FloatArray]) -> Any:
+    """features (P C) -> index of the nearest row (P 1)."""
+    features = ops.parameter(list(shape), np.float32)
+    product = ops.matmul(features, ops.constant(np.ascontiguousarray(bank["core"].T)), False, False)
+    similarity = ops.add(product, ops.constant(bank["bias"][None, :]))
+    winner = ops.topk(similarity, ops.constant(1), 1, "max", "none")
+    return ov.Model([ops.result(winner.output(1))], [features], "search")
+
+
+def _options(precision: str, threads: int) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }

@@ -1,0 +1,36 @@
+# On a fresh machine with Python and make: `make demo` shows the line at work, `make test` tests it.
+PYTHON ?= python3
+BIN := .venv/bin
+# The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
+PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
+
+.PHONY: demo test check format bench accuracy clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,dev]'
+	touch $@
+
+demo: .venv/.installed  ## keys, an engine from 300 solar cells, the daemon, 400 cells at 25 a second
+	$(BIN)/python -m examples.demo
+
+test: .venv/.installed  ## everything that CI tests
+	$(BIN)/python -m pytest
+
+check: .venv/.installed  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.installed  ## times through the sockets; writes bench/results/line.json
+	$(BIN)/python -m bench.line
+
+accuracy: .venv/.installed  ## make accuracy DATA=folder; writes bench/results/accuracy.json
+	$(BIN)/python -m bench.accuracy --data $(DATA)
+
+clean:
+	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
