@@ -12,6 +12,7 @@ import binascii
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,7 @@ _MAX_MANIFEST_BYTES = 4 << 20
 _MAX_FILE_BYTES = 4 << 30
 
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
 Side = Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
 
 
@@ -45,7 +47,7 @@ class Preprocessing(_Strict):
     color: Literal["rgb"] = "rgb"
     resize: Literal["area"] = "area"
     mean: tuple[Finite, Finite, Finite]
-    std: tuple[Finite, Finite, Finite]
+    std: tuple[Positive, Positive, Positive]
     roi: None = None
     tiles: Literal["none"] = "none"
 
@@ -54,13 +56,13 @@ class Standardisation(_Strict):
     """A branch's map is brought to (value - centre) / scale, robustly estimated on the select split."""
 
     centre: Finite
-    scale: Annotated[Finite, Field(gt=0)]
+    scale: Positive
 
 
 class Fusion(_Strict):
     weights: dict[str, Finite]
     standardisation: dict[str, Standardisation]
-    smoothingSigma: Annotated[Finite, Field(gt=0)]  # pixels of the network's input
+    smoothingSigma: Positive  # pixels of the network's input
 
 
 class Product(_Strict):
@@ -101,7 +103,7 @@ class Manifest(_Strict):
     created: str
     preprocessing: Preprocessing
     branches: Annotated[list[Literal["ldknn"]], Field(min_length=1)]
-    grid: tuple[int, int]
+    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     k: Annotated[int, Field(ge=1)]
     alpha: Finite
     distance: Literal["squared-l2"]
@@ -125,6 +127,12 @@ class Manifest(_Strict):
                 problems.append(f"fusion: nothing for the branch {branch}")
         strangers = {frame.product for frame in self.golden.frames} - set(self.products)
         problems += [f"golden: no such product {name!r}" for name in sorted(strangers)]
+        for name, product in self.products.items():
+            # Else a part could be a DEFECT without a region, or carry a region and pass.
+            if product.limit != product.mapLimit:
+                problems.append(f"products.{name}: with scoreRule max the limit and the mapLimit are one")
+            if product.limit <= product.medianGood:
+                problems.append(f"products.{name}: the limit is not above the median good score")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -143,6 +151,9 @@ class Bundle:
         wanted = self.manifest.files.get(name)
         if wanted is None:
             raise BundleError(f"{self.folder / name}: is not listed in the manifest")
+        for parent in PurePosixPath(name).parents:
+            if (self.folder / parent).is_symlink():
+                raise BundleError(f"{self.folder / parent}: is a link; a bundle holds plain files and folders only")
         data = _read_plain(self.folder / name, _MAX_FILE_BYTES)
         if hashlib.sha256(data).hexdigest() != wanted:
             raise BundleError(
@@ -191,7 +202,7 @@ def _check_signature(folder: Path, manifest: bytes, trusted: list[TrustedKey]) -
 def _parse_manifest(path: Path, data: bytes) -> Manifest:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: is not JSON: {error}") from error
     found = fields.get("format") if isinstance(fields, dict) else None
     if found != FORMAT:
@@ -226,17 +237,27 @@ def current_bundle(engines: Path, product: str) -> Path:
 
 def _is_plain(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and str(path) == name
+    return (
+        bool(name)
+        and "\0" not in name
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and str(path) == name
+    )
 
 
 def _read_plain(path: Path, most_bytes: int) -> bytes:
     """The bytes of a regular file (a link is refused: it could lead out of the bundle)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        # O_NONBLOCK: opening a pipe that nobody writes would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > most_bytes:
-                raise BundleError(f"{path}: has {size} bytes, at most {most_bytes} are read")
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{path}: is not a plain file")
+            if status.st_size > most_bytes:
+                raise BundleError(f"{path}: has {status.st_size} bytes, at most {most_bytes} are read")
             return file.read()
     except FileNotFoundError as error:
         raise BundleError(f"{path}: is missing; copy the bundle again, whole") from error

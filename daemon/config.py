@@ -11,14 +11,28 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from daemon.errors import ConfigError
+from daemon.yamlfile import YamlError, parse_yaml
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, Field(pattern=_NAME)]
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
+
+
+def _address(bind: str) -> str:
+    """tcp://host:port with a port that exists, or ipc://path."""
+    scheme, separator, rest = bind.partition("://")
+    host, _, port = rest.rpartition(":")
+    host = "" if "/" in host else host
+    is_tcp = scheme == "tcp" and bool(host) and port.isdigit() and 0 < int(port) < 65_536
+    if not separator or not rest or not (is_tcp or scheme == "ipc"):
+        raise ValueError("wanted tcp://host:port with a port from 1 to 65535, or ipc://path")
+    return bind
+
+
+Bind = Annotated[str, AfterValidator(_address)]
 
 
 class Section(BaseModel):
@@ -30,7 +44,7 @@ class Section(BaseModel):
 class Endpoint(Section):
     """A socket the daemon binds. tcp speaks CURVE unless `plain` says otherwise, which only loopback may."""
 
-    bind: Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
+    bind: Bind
     plain: bool = False
 
     @property
@@ -72,7 +86,7 @@ class Control(Section):
 
 
 class Metrics(Section):
-    bind: Annotated[str, Field(pattern=r"^[^/\s]+:\d{1,5}$")]
+    bind: Annotated[str, AfterValidator(lambda bind: _address(f"tcp://{bind}").removeprefix("tcp://"))]
 
     @property
     def address(self) -> tuple[str, int]:
@@ -110,13 +124,13 @@ class Ledger(Section):
 
 class Recorder(Section):
     dir: Path = Path("run/rejects")
-    keep_gb: Annotated[float, Field(gt=0, strict=False)] = 20
+    keep_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20
 
 
 class Config(Section):
     """The whole file. `load_config` makes one; nothing else should."""
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]
     line: Name
     inputs: Annotated[list[Input], Field(min_length=1)]
     results: Results
@@ -130,23 +144,6 @@ class Config(Section):
     cameras: Annotated[dict[Name, Camera], Field(min_length=1)]
     ledger: Ledger = Ledger()
     recorder: Recorder | None = Recorder()
-
-    @model_validator(mode="after")
-    def _nobody_walks_in(self) -> Config:
-        problems = []
-        for path, endpoint in self.endpoints():
-            if endpoint.is_open and not self.security.insecure:
-                problems.append(
-                    f"{path}: plain: true on {endpoint.bind}, which is not loopback: anybody who reaches it could "
-                    "send frames or take results; remove plain, or set security.insecure: true on a test bench"
-                )
-        binds = [endpoint.bind for _, endpoint in self.endpoints()] + [self.control.bind]
-        problems += [
-            f"{bind} is bound {binds.count(bind)} times" for bind in dict.fromkeys(binds) if binds.count(bind) > 1
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
 
     def endpoints(self) -> list[tuple[str, Endpoint]]:
         """Every socket but control (ipc only), with its path in the file."""
@@ -168,16 +165,47 @@ def load_config(path: Path) -> Config:
 def parse_config(text: str, source: str, base: Path) -> Config:
     """The configuration in `text`; relative paths are taken from `base`. Raises ConfigError."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(source, [f"is not YAML: {' '.join(str(error).split())}"]) from error
+        data = parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(source, [str(error)]) from error
     if not isinstance(data, dict):
         raise ConfigError(source, [f"holds a {type(data).__name__}, wanted keys (version, line, inputs, ...)"])
+    problems = _faults_of_the_whole(data)
     try:
         config = Config.model_validate(_with_paths(data))
     except ValidationError as error:
-        raise ConfigError(source, [_explain(fault) for fault in error.errors(include_url=False)]) from error
+        faults = [_explain(fault) for fault in error.errors(include_url=False)]
+        raise ConfigError(source, faults + problems) from error
+    if problems:
+        raise ConfigError(source, problems)
     return _anchored(config, base)
+
+
+def _faults_of_the_whole(data: dict[Any, Any]) -> list[str]:
+    """What no single key shows: open sockets, addresses bound twice. Told beside the faults of the keys.
+
+    Reads the data as written, of whatever types; what is not as it should be is the schema's to tell.
+    """
+    inputs = data.get("inputs")
+    sections = {f"inputs[{i}]": entry for i, entry in enumerate(inputs if isinstance(inputs, list) else [])}
+    sections |= {name: data.get(name) for name in ("results", "permits", "control")}
+    sockets = {path: entry for path, entry in sections.items() if isinstance(entry, dict)}
+    security = data.get("security")
+    insecure = isinstance(security, dict) and security.get("insecure") is True
+    problems, first_at = [], dict[str, str]()
+    for path, entry in sockets.items():
+        bind = entry.get("bind")
+        if not isinstance(bind, str):
+            continue
+        if entry.get("plain") is True and bind.startswith("tcp://") and not _LOOPBACK.match(bind) and not insecure:
+            problems.append(
+                f"{path}: plain: true on {bind}, which is not loopback: anybody who reaches it could send frames or "
+                "take results; remove plain, or set security.insecure: true on a test bench"
+            )
+        if bind in first_at:
+            problems.append(f"{path}: {bind} is bound by {first_at[bind]} already")
+        first_at.setdefault(bind, path)
+    return problems
 
 
 _PATH_KEYS = (("security", "keys"), ("engines", "dir"), ("ledger", "dir"), ("recorder", "dir"))
@@ -225,7 +253,7 @@ def _explain(fault: Any) -> str:
         return f"{path}: is missing; it has no default"
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{path}: {message}" if path else message
+        return f"{path}: found {found!r}: {message}" if isinstance(found, str) else f"{path}: {message}"
     return f"{path}: found {found!r}: {message[:1].lower()}{message[1:]}"
 
 

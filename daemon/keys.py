@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 import zmq
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from daemon.errors import ConfigError
+from daemon.yamlfile import YamlError, parse_yaml
 
 Role = Literal["camera", "subscriber", "bridge"]
 _Model = TypeVar("_Model")
@@ -72,7 +73,7 @@ class Peer(_Strict):
 
 class CurvePair(_Strict):
     publicKey: _Z85_KEY
-    secretKey: _Z85_KEY
+    secretKey: Annotated[_Z85_KEY, Field(repr=False)]
 
 
 class PeerFile(CurvePair):
@@ -99,6 +100,12 @@ def load_keyring(folder: Path) -> Keyring:
     peers = (
         _load(peers_file, list[Peer], hint="make one with: inspectd keygen peer NAME") if peers_file.exists() else []
     )
+    names = {key: [peer.name for peer in peers if peer.publicKey == key] for key in {p.publicKey for p in peers}}
+    twice = [
+        f"{' and '.join(same)} have one publicKey; each peer needs its own" for same in names.values() if len(same) > 1
+    ]
+    if twice:
+        raise ConfigError(str(peers_file), twice)
     return Keyring(server, tuple(peers))
 
 
@@ -117,7 +124,12 @@ def make_signing_key(folder: Path, name: str = "local") -> Ed25519PrivateKey:
     path = folder / "signing.key"
     if path.exists():
         _refuse_open(path)
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        try:
+            key = load_pem_private_key(path.read_bytes(), password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise ConfigError(
+                str(path), ["is not an unencrypted private key in PEM; restore it, or delete it"]
+            ) from None
         if not isinstance(key, Ed25519PrivateKey):
             raise ConfigError(str(path), [f"holds a {type(key).__name__}, wanted an Ed25519 private key"])
         return key
@@ -153,6 +165,7 @@ def make_peer(folder: Path, name: str, roles: list[Role], topics: list[str]) -> 
     except ValidationError as error:
         raise ConfigError("keygen peer", _faults(error)) from error
     path = folder / f"{name}.peer.yaml"
+    path.unlink(missing_ok=True)  # of an entry that was taken out of peers.yaml
     _write_secret(path, _dump({**pair.model_dump(), "serverKey": server.publicKey}))
     _write_list(peers_file, [*peers, peer])
     return path
@@ -167,14 +180,18 @@ def _load(path: Path, kind: type[_Model], *, hint: str = "", secret: bool = Fals
     try:
         if secret:
             _refuse_open(path)
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
         return TypeAdapter(kind).validate_python(data)
     except FileNotFoundError as error:
         raise ConfigError(str(path), [f"is not there; {hint}"]) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError:
+        raise ConfigError(str(path), ["is not UTF-8 text"]) from None
+    except YamlError as error:
+        raise ConfigError(str(path), [str(error)]) from None
     except ValidationError as error:
-        raise ConfigError(str(path), _faults(error)) from error
+        raise ConfigError(str(path), _faults(error)) from None
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -11,10 +11,8 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -24,7 +22,7 @@ import zmq
 from daemon.config import Config
 from daemon.dispatch import Dispatcher, Records, replay
 from daemon.errors import WireError
-from daemon.inspection.engine import Done
+from daemon.inspection.engine import DoneBox
 from daemon.keys import Keyring, load_keyring
 from daemon.line.control import decode_request
 from daemon.line.notify import notify, watchdog_interval_s
@@ -54,10 +52,7 @@ class Service:
         self._config = config
         self.run_id = uuid4().hex
         self._metrics = Metrics()
-        self._done: deque[Done] = deque()
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._done = DoneBox()
         self._drain_until_s: float | None = None
         self._closers: list[Callable[[], Any]] = []
         self._watchdog_s = watchdog_interval_s()
@@ -80,7 +75,7 @@ class Service:
         notify("STATUS=starting")
         config = self._config
         keyring = self._keyring()
-        engines = open_engines(config, self._metrics, self._on_engine_thread)
+        engines = open_engines(config, self._metrics, self._done.put)
         book = replay(last_run(config.ledger.dir))
         pending = list(book.in_flight)
         self._ports = Ports(config, keyring, lambda reason: self._metrics.auth_denied.labels(reason).inc())
@@ -130,13 +125,14 @@ class Service:
             ports.control: self._serve_control,
             **{socket: lambda socket=socket: self._serve_input(socket) for socket in ports.inputs},  # type: ignore[misc]
         }
-        for served in (*serve, self._wake_in.fileno()):
+        for served in (*serve, self._done.fileno()):
             poller.register(served, zmq.POLLIN)
         while not self._is_finished():
             for ready, _ in poller.poll(self._wait_ms()):
                 if ready in serve:
                     self._serve_some(serve[ready])
-            self._take_done()
+            for done in self._done.take():
+                self.dispatcher.on_done(done)
             now_ns = time.monotonic_ns()
             self.dispatcher.on_time(now_ns)
             self._beat(now_ns)
@@ -188,22 +184,6 @@ class Service:
         answer = self.dispatcher.on_frame(part, message.key)
         refusal = answer.refusal.value if answer.refusal else None
         return encode_answer(line, part.key, refusal, self.dispatcher.credit(part.payload_bytes), answer.detail)
-
-    def _take_done(self) -> None:
-        try:
-            while self._wake_in.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-        while self._done:
-            self.dispatcher.on_done(self._done.popleft())
-
-    def _on_engine_thread(self, done: Done) -> None:
-        self._done.append(done)
-        try:
-            self._wake_out.send(b"\0")
-        except BlockingIOError:
-            return  # the loop has thousands of bytes to wake up by already
 
     def _serve_zap(self) -> bool:
         self._ports.zap.serve()
@@ -342,7 +322,6 @@ class Service:
                 self._closers.pop()()
             except Exception:
                 log.exception("while stopping")
-        self._wake_out.close()
 
 
 def run_service(config: Config) -> int:

@@ -122,7 +122,9 @@ class Site:
     def run_command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "daemon", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.folder, timeout=120, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=self.folder, timeout=120, check=False
+        )
 
     def journal(self) -> list[dict[str, Any]]:
         """Every readable record of every segment."""

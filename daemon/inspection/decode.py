@@ -33,10 +33,16 @@ def _from_raw(raw: RawFrame) -> PixelArray:
     if raw.pixel_format == "Mono8":
         return pixels.reshape(height, width, 1)
     if raw.pixel_format == "BayerRG8":
-        # GenICam names the first row's first two pixels; OpenCV's alias RGGB means the same.
-        return cv2.cvtColor(pixels.reshape(height, width), cv2.COLOR_BayerRGGB2RGB).astype(np.uint8, copy=False)
+        return _from_mosaic(pixels.reshape(height, width))
     color = pixels.reshape(height, width, 3)
     return color if raw.pixel_format == "RGB8" else np.ascontiguousarray(color[:, :, ::-1])
+
+
+def _from_mosaic(mosaic: PixelArray) -> PixelArray:
+    """BayerRG8 (H W) -> RGB. GenICam names the first row's first two pixels; OpenCV's alias RGGB means the same."""
+    if min(mosaic.shape) < 3:
+        raise FrameError(f"a Bayer mosaic of {list(mosaic.shape)} is too small to interpolate, wanted 3 x 3 at least")
+    return np.asarray(cv2.cvtColor(mosaic, cv2.COLOR_BayerRGGB2RGB), np.uint8)
 
 
 def _from_encoded(raw: RawFrame) -> PixelArray:
@@ -45,14 +51,19 @@ def _from_encoded(raw: RawFrame) -> PixelArray:
         raise FrameError(f"the payload is not a readable {raw.encoding} file")
     if found != raw.shape[:2]:
         raise FrameError(f"the {raw.encoding} has size {list(found)}, the header says {list(raw.shape[:2])}")
-    gray = raw.pixel_format.startswith("Mono")
+    gray = raw.pixel_format not in ("RGB8", "BGR8")
     flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH if gray else cv2.IMREAD_COLOR
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION  # a camera's pixels are where they are; rotating is for photo viewers
     try:
         pixels = cv2.imdecode(np.frombuffer(raw.payload, np.uint8), flags)
     except cv2.error as error:
         raise FrameError(f"the {raw.encoding} cannot be decoded: {error.err}") from error
     if pixels is None or pixels.shape[:2] != raw.shape[:2] or pixels.dtype not in (np.uint8, np.uint16):
         raise FrameError(f"the {raw.encoding} cannot be decoded")
+    if raw.pixel_format == "BayerRG8":
+        if pixels.dtype != np.uint8:
+            raise FrameError(f"the {raw.encoding} has {pixels.dtype} pixels, BayerRG8 has 8 bit")
+        return _from_mosaic(pixels)
     if gray:
         return pixels[:, :, None]
     return np.ascontiguousarray(pixels[:, :, ::-1])

@@ -6,9 +6,11 @@ their late score is worth having, but not at the price of the next deadline.
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic_ns
 
@@ -30,6 +32,30 @@ class Job:
 class Done:
     key: PartKey
     verdict: Verdict
+
+
+class DoneBox:
+    """Where engines put what they have done, from their threads, and the loop takes it; `fileno` wakes the loop."""
+
+    def __init__(self) -> None:
+        self._done: deque[Done] = deque()
+        self._inside, self._outside = socket.socketpair()
+        self._inside.setblocking(False)
+        self._outside.setblocking(False)
+
+    def put(self, done: Done) -> None:
+        self._done.append(done)
+        with suppress(BlockingIOError):  # the loop has thousands of bytes to wake up by already
+            self._outside.send(b"\0")
+
+    def take(self) -> list[Done]:
+        with suppress(BlockingIOError):
+            while self._inside.recv(4096):
+                pass
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def fileno(self) -> int:
+        return self._inside.fileno()
 
 
 class Engine:

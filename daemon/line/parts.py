@@ -69,7 +69,7 @@ class PartBook:
     """Streams by camera and parts in flight."""
 
     def __init__(self, streams: dict[str, Stream] | None = None) -> None:
-        self.streams = streams or {}
+        self.streams = {} if streams is None else streams
         self.in_flight: dict[PartKey, Entry] = {}
         self._deadlines: list[tuple[int, int, PartKey]] = []
         self._count = 0

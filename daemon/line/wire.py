@@ -29,7 +29,8 @@ PIXEL_FORMATS = tuple(_BYTES_PER_PIXEL)
 ENCODINGS = ("raw", "jpeg", "png")
 
 
-Name = Annotated[str, Field(min_length=1, max_length=128)]
+# Printable in one line of a log, and encodable: no control characters, no lone surrogates.
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")]
 Seq = Annotated[int, Field(ge=0, le=MAX_SEQ)]
 
 
@@ -38,7 +39,7 @@ class _Part(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    v: Literal[1]
+    v: Annotated[int, Field(ge=VERSION, le=VERSION)]
     epoch: Name
     seq: Seq
     partId: Name | None = None
@@ -77,11 +78,6 @@ class FramePart:
     @property
     def payload_bytes(self) -> int:
         return sum(payload.nbytes for payload in self._payloads)
-
-    @property
-    def product(self) -> str | None:
-        product = self._header.get("product")
-        return product if isinstance(product, str) else None
 
     def frame(self) -> RawFrame:
         """The frame, its payload's size held against its shape. Raises FrameError."""

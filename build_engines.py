@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Build an engine bundle from good images. A recipe, read top to bottom; trainer/build.py has the steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trainer import build
+from trainer.site import Options, open_site, publish, run_command
+
+_FOLDER = click.Path(path_type=Path)
+
+
+def _check_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise click.BadParameter(f"found {name!r}, wanted 1 to 64 of A-Z a-z 0-9 _ . -, the first a letter or digit")
+    return name
+
+
+def _check_only(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if value != parameter.default:
+        raise click.BadParameter(f"found {value!r}, this version builds {parameter.default!r} only")
+    return value
+
+
+def _check_size(_context: click.Context, _parameter: click.Parameter, size: int) -> int:
+    if size % 32 or not 32 <= size <= 8192:
+        raise click.BadParameter(f"found {size}, wanted a multiple of 32 from 32 to 8192")
+    return size
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("name", callback=_check_name)
+@click.option("--good", type=_FOLDER, required=True, help="Good images, named in capture order.")
+@click.option("--select", type=_FOLDER, help="Good images for the settings, instead of some of --good.")
+@click.option("--calibration", type=_FOLDER, help="Good images for the limit, instead of the last third of --good.")
+@click.option("--test", type=_FOLDER, help="Labelled folder (test/good, test/<defect>, ground_truth) to report on.")
+@click.option("--out", type=_FOLDER, default=Path("engines"), help="Where NAME/<version> is written.")
+@click.option("--keys", type=_FOLDER, default=Path("keys"), help="Folder of the signing key; made where there is none.")
+@click.option("--branches", default="ldknn", callback=_check_only, help="What the engine looks with.")
+@click.option(
+    "--false-reject", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.01,
+    help="Share of good parts that may be rejected.",
+)  # fmt: skip
+@click.option("--size", default=256, callback=_check_size, help="Long side of the network's input, a multiple of 32.")
+@click.option("--k", type=click.IntRange(1), default=9, help="Neighbours of the local density.")
+@click.option("--alpha", type=click.FloatRange(0, 100), default=0.25, help="Weight of the density; 0 is plain 1-NN.")
+@click.option("--coreset", type=click.IntRange(1), default=4000, help="Rows of the memory bank.")
+@click.option("--backbone", default="efficientnet-lite0", help="Feature network: this one, or a name that timm knows.")
+@click.option("--weights", type=_FOLDER, help="Weights of the backbone (a state dict), instead of the packaged ones.")
+@click.option("--targets", default="cpu", callback=_check_only, help="What the engine runs on.")
+@click.option("--threads", type=click.IntRange(1), default=2, help="Most threads at work.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Same data, options and seed: same engine.")
+def main(**fields: Any) -> None:
+    """Build an engine NAME from good images alone and print the bundle's folder."""
+    options = Options(**fields)
+    with open_site(options) as site:
+        splits = build.read_images(options)
+        draft = build.make_network(options, site, splits)
+        draft = build.make_bank(options, site, splits, draft)
+        draft = build.find_scale(options, site, splits, draft)
+        pipeline = build.open_draft(options, site, draft)
+        scores = build.score_good(pipeline, splits)
+        draft = build.set_limit(options, draft, scores)
+        pipeline = build.with_limit(options, site, draft, scores, pipeline)
+        doubts = build.find_doubts(splits, draft, scores)
+        draft = build.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
+        evaluation = build.judge_test(options, pipeline)
+        build.write_report(
+            options, site, splits, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
+        )
+        build.seal(options, site, draft, build.describe_training(options, site, splits), evaluation)
+        click.echo(publish(site))
+
+
+if __name__ == "__main__":
+    run_command(main)

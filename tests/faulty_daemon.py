@@ -1,0 +1,48 @@
+"""The daemon with a backend that a frame can order to misbehave: its first pixel says how.
+
+Run as `python -m tests.faulty_daemon run --config ...`; everything else is the daemon as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from daemon.cli import main
+from daemon.inspection.backend.cpu import CpuBackend
+from daemon.types import AnomalyMap, Frame, PatchScores, Repaired, Tensor
+
+SLOW, THROW, NOT_A_NUMBER, HANG = 1, 2, 3, 4
+SLOW_S = 0.6
+
+
+class FaultyBackend(CpuBackend):
+    """Obeys the order in pixel (0, 0); every other frame is inspected as usual."""
+
+    _order = 0
+
+    def preprocess(self, frame: Frame) -> Tensor:
+        self._order = int(frame.pixels[0, 0, 0])
+        return super().preprocess(frame)
+
+    def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
+        if self._order == SLOW:
+            time.sleep(SLOW_S)
+        elif self._order == HANG:
+            time.sleep(3600)
+        elif self._order == THROW:
+            raise RuntimeError("the frame ordered an error")
+        return super().infer(tensor)
+
+    def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
+        anomaly = super().postprocess(outputs, frame_hw)
+        return replace(anomaly, score=float(np.nan)) if self._order == NOT_A_NUMBER else anomaly
+
+
+if __name__ == "__main__":
+    import daemon.inspection.backend.cpu as module
+
+    module.CpuBackend = FaultyBackend
+    main()

@@ -1,0 +1,164 @@
+"""Slow, exact references in float64: the definitions that every backend is held against.
+
+Written to be checked by eye against their sources, one loop per sum. Nothing here is fast, and nothing here
+imports daemon/: a fault in the daemon cannot hide in its own reference.
+
+Axes as in daemon/types.py: H W frame pixels, h w network pixels, C channels, P patches, M bank rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, floor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Anything = NDArray[Any]
+
+
+def resize_area(pixels: Anything, size_hw: tuple[int, int]) -> Array:
+    """(H W C) -> (h w C). Each output pixel is the mean of the input under it, fractions of pixels included.
+
+    Source: OpenCV's documentation of INTER_AREA ("resampling using pixel area relation"). Where a side grows, area
+    is not defined by it, and both sides are bilinear with half-pixel centres instead.
+    """
+    height, width = pixels.shape[:2]
+    shrinks = height >= size_hw[0] and width >= size_hw[1]
+    weights = area_weights if shrinks else bilinear_weights
+    rows, columns = weights(size_hw[0], height), weights(size_hw[1], width)
+    planes = [rows @ pixels[:, :, channel].astype(np.float64) @ columns.T for channel in range(pixels.shape[2])]
+    return np.stack(planes, axis=2)
+
+
+def area_weights(size: int, length: int) -> Array:
+    """(size length): the share of input pixel [i, i + 1) in output pixel [o, o + 1) * length / size."""
+    weights = np.zeros((size, length))
+    for out in range(size):
+        start, end = out * length / size, (out + 1) * length / size
+        for pixel in range(length):
+            overlap = min(end, pixel + 1) - max(start, pixel)
+            weights[out, pixel] = max(0.0, overlap) / (end - start)
+    return weights
+
+
+def bilinear_weights(size: int, length: int) -> Array:
+    """(size length): centre of output o lies at (o + 1/2) * length / size - 1/2; beyond the edge, the edge pixel."""
+    weights = np.zeros((size, length))
+    for out in range(size):
+        position = (out + 0.5) * length / size - 0.5
+        low = floor(position)
+        for pixel, share in ((low, 1 - (position - low)), (low + 1, position - low)):
+            weights[out, min(max(pixel, 0), length - 1)] += share
+    return weights
+
+
+def normalise(pixels: Anything, size_hw: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Array:
+    """(H W 1) or (H W 3), 8 or 16 bit -> (1 3 h w): resized, brought to 0..255, (x - mean) / std per channel."""
+    resized = resize_area(pixels, size_hw) / (257.0 if pixels.dtype == np.uint16 else 1.0)
+    planes = []
+    for channel in range(3):
+        plane = resized[:, :, channel if resized.shape[2] == 3 else 0]
+        planes.append((plane - mean[channel]) / std[channel])
+    return np.stack(planes)[None]
+
+
+def density(core: Anything, k: int) -> Array:
+    """(M C) -> (M,): the mean squared distance of each row to its k nearest others, itself excluded by index.
+
+    Source: REB (Lyu et al., 2023), local density of the memory bank.
+    """
+    core = core.astype(np.float64)
+    values = np.zeros(len(core))
+    for row in range(len(core)):
+        others = [float(np.sum((core[row] - core[other]) ** 2)) for other in range(len(core)) if other != row]
+        values[row] = np.mean(sorted(others)[:k])
+    return values
+
+
+def distances_sq(queries: Anything, core: Anything) -> Array:
+    """(P C), (M C) -> (P M): squared L2 of every pair, from the difference itself."""
+    table = np.zeros((len(queries), len(core)))
+    for row, stored in enumerate(core.astype(np.float64)):
+        table[:, row] = np.sum((queries.astype(np.float64) - stored) ** 2, axis=1)
+    return table
+
+
+def ldknn(queries: Anything, core: Anything, densities: Anything, alpha: float) -> tuple[Array, NDArray[np.int64]]:
+    """(P C), (M C), (M,) -> scores (P,), winner (P,): d2(q, m*) - alpha * density(m*), m* the plain nearest row.
+
+    Ties go to the lowest row. Never clipped. Source: REB (Lyu et al., 2023), eq. 4, with squared L2.
+    """
+    table = distances_sq(queries, core)
+    winner = np.argmin(table, axis=1)  # the first of equal minima
+    nearest = table[np.arange(len(queries)), winner]
+    return nearest - alpha * densities.astype(np.float64)[winner], winner
+
+
+def upsample_bilinear(grid: Anything, size_hw: tuple[int, int]) -> Array:
+    """(gh gw) -> (h w), half-pixel centres, edges clamped. Source: torch's interpolate, align_corners=False."""
+    rows, columns = bilinear_weights(size_hw[0], grid.shape[0]), bilinear_weights(size_hw[1], grid.shape[1])
+    return rows @ grid.astype(np.float64) @ columns.T
+
+
+def gaussian_smooth(values: Anything, sigma: float) -> Array:
+    """(h w) -> (h w): one axis after the other, weights exp(-d^2 / 2 sigma^2) for |d| <= ceil(4 sigma), sum 1.
+
+    Beyond the border the picture is mirrored without repeating the edge pixel (... 2 1 | 0 1 2 ...), as often as the
+    reach needs. Source: scipy.ndimage.gaussian_filter, mode "mirror", truncate 4, but with the reach rounded up.
+    """
+    once = np.apply_along_axis(_smooth_line, 0, values.astype(np.float64), sigma)
+    return np.apply_along_axis(_smooth_line, 1, once, sigma)
+
+
+def _smooth_line(line: Array, sigma: float) -> Array:
+    reach = ceil(4 * sigma)
+    weights = np.array([np.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)])
+    weights /= weights.sum()
+    smoothed = np.zeros(len(line))
+    for position in range(len(line)):
+        for offset, weight in zip(range(-reach, reach + 1), weights, strict=True):
+            smoothed[position] += weight * line[_mirrored(position + offset, len(line))]
+    return smoothed
+
+
+def _mirrored(position: int, length: int) -> int:
+    """Reflect at the first and the last pixel until inside."""
+    if length == 1:
+        return 0
+    while not 0 <= position < length:
+        position = -position if position < 0 else 2 * (length - 1) - position
+    return position
+
+
+def regions(above: Anything) -> list[set[tuple[int, int]]]:
+    """(h w) of booleans -> the 8-connected components as sets of (y, x), by flood fill in reading order."""
+    left = {(int(y), int(x)) for y, x in np.argwhere(above)}
+    found = []
+    for start in sorted(left):
+        if start not in left:
+            continue
+        component, front = set(), [start]
+        left.discard(start)
+        while front:
+            y, x = front.pop()
+            component.add((y, x))
+            for neighbour in [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
+                if neighbour in left:
+                    left.discard(neighbour)
+                    front.append(neighbour)
+        found.append(component)
+    return found
+
+
+def patch_convolution(values: Anything, weights: Anything) -> Array:
+    """(1 3 h w), (C 3 s s) -> (P C), row-major: a convolution whose stride is its kernel, so patches do not overlap.
+
+    This is the whole feature network of tests/bundles.py.
+    """
+    _, channels, height, width = values.shape
+    side = weights.shape[2]
+    grid = values.astype(np.float64).reshape(channels, height // side, side, width // side, side)
+    return np.einsum("cyaxb,kcab->yxk", grid, weights.astype(np.float64)).reshape(-1, len(weights))

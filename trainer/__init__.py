@@ -1,0 +1,1 @@
+"""Builds engine bundles offline, from good images. Needs the extra [train]."""

@@ -1,0 +1,214 @@
+"""The memory bank: patch features of the training images, thinned to a coreset, with local densities.
+
+Method: REB (Lyu et al. 2023), sections 3.4-3.6, and PatchCore's approximate greedy coreset (Roth et al.
+2022). The density is taken over the FULL set; at run time the coreset and one number a row are enough.
+Shapes: N rows in the full set, M in the coreset, C channels, D channels after projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+import torch
+
+from daemon.bundle import Preprocessing
+from daemon.errors import DeviceError, UsageError
+from daemon.inspection.backend.cpu import normalise
+from daemon.types import FloatArray
+from trainer.dataset import Picture, read_frame
+from trainer.progress import track
+
+_MOST_CANDIDATES = 60_000  # rows that the coreset is chosen from; the density still sees all N
+_PROJECTED = 128  # REB's; 64 saves 0.3 s and leaves a wider radius
+_START_POINTS = 10
+_WORKING_SET = 1024
+_MOST_PICKS = 256  # in one round; bounds the distance buffer
+_ROWS = 4096  # of a block, so that a block and its distances stay near the cache
+_SPARE = 4  # neighbours beyond K that are measured again exactly
+
+
+@dataclass(frozen=True)
+class Bank:
+    """core (M C), bias (M,) = -|m|^2 / 2, density (M,): what bank.safetensors holds, float32."""
+
+    core: FloatArray
+    bias: FloatArray
+    density: FloatArray
+
+    @property
+    def tensors(self) -> dict[str, FloatArray]:
+        return {"core": self.core, "bias": self.bias, "density": self.density}
+
+
+def extract_features(
+    networks: bytes, pictures: Sequence[Picture], preprocessing: Preprocessing, threads: int
+) -> FloatArray:
+    """All patch features (N C) of the pictures, in order, from the exported network in f32.
+
+    Raises DeviceError if OpenVINO fails, DataError if a picture cannot be read any more.
+    """
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    try:
+        core = ov.Core()
+        request = core.compile_model(core.read_model(networks), "CPU", options).create_infer_request()
+        patches, channels = request.get_output_tensor(0).shape
+        features = np.empty((len(pictures), patches, channels), np.float32)
+        for row, picture in enumerate(track(pictures, "features of the training images")):
+            request.infer([normalise(read_frame(picture.path), preprocessing)], share_inputs=True)
+            features[row] = request.get_output_tensor(0).data
+    except RuntimeError as error:
+        raise DeviceError(f"OpenVINO cannot run the feature network: {error}") from error
+    return features.reshape(-1, channels)
+
+
+def make_bank(features: FloatArray, *, rows: int, neighbours: int, threads: int, seed: int) -> Bank:
+    """Thin the full set (N C) to `rows` and measure each kept row's density among all N.
+
+    Raises UsageError where the set has too few rows for `neighbours`.
+    """
+    full = torch.from_numpy(features)
+    with _one_thread():
+        kept = choose_core(full, rows, seed)
+        density = local_density(full, kept, neighbours, threads)
+    core = full[kept]
+    bias = core.square().sum(1).mul_(-0.5)
+    return Bank(core.numpy(), bias.numpy(), density.numpy())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's threads wait for each other after every block: on a busy machine that took ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def choose_core(full: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
+    """Indices (M,) into the full set (N C), in the order chosen; all N where there are no more than `rows`.
+
+    Distances are taken on a random Gaussian projection, among at most 60,000 rows drawn at random.
+    """
+    if len(full) <= rows:
+        return torch.arange(len(full))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(full), generator=generator)[: max(_MOST_CANDIDATES, rows)]
+    points = full[drawn]
+    if points.shape[1] > _PROJECTED:
+        points = points @ torch.randn(points.shape[1], _PROJECTED, generator=generator)
+    starts = points[torch.randperm(len(points), generator=generator)[:_START_POINTS]]
+    return drawn[greedy_k_centre(points, starts, rows)]
+
+
+def greedy_k_centre(points: torch.Tensor, starts: torch.Tensor, rows: int) -> torch.Tensor:
+    """Indices (M,) of farthest points (N D), one after the other; rows <= N.
+
+    A point's reach is its squared distance to the nearest chosen one, at first its mean distance to the
+    start points, which are not chosen themselves. Reaches only ever shrink, so the 1,024 farthest points
+    alone decide every pick until the best of them comes below the farthest point outside: each round
+    picks among those and then brings all reaches up to date in one product. The picks are those of the
+    plain algorithm, which reads all N points for each.
+    """
+    half_norms = points.square().sum(1).mul_(0.5)
+    reach = torch.cdist(points, starts, compute_mode="donot_use_mm_for_euclid_dist").square_().mean(1)
+    products = torch.empty(min(_ROWS, len(points)), _MOST_PICKS)
+    chosen: list[torch.Tensor] = []
+    missing = rows
+    while missing:
+        size = min(_WORKING_SET, len(points))
+        farthest = torch.topk(reach, min(size + 1, len(points)))
+        floor = float(farthest.values[size]) if len(points) > size else -torch.inf
+        members = farthest.indices[:size]
+        near = farthest.values[:size].clone()
+        picks = members[_pick_farthest(points[members], half_norms[members], near, floor, min(missing, _MOST_PICKS))]
+        _shorten(reach, points, half_norms, picks, products)
+        reach[picks] = -torch.inf
+        chosen.append(picks)
+        missing -= len(picks)
+    return torch.cat(chosen)
+
+
+def _pick_farthest(
+    points: torch.Tensor, half_norms: torch.Tensor, reach: torch.Tensor, floor: float, most: int
+) -> torch.Tensor:
+    """Greedy picks (at least one) inside the working set, while the farthest is not below `floor`.
+
+    Works on `reach` in place.
+    """
+    product = torch.empty(len(points))
+    picks: list[int] = []
+    while len(picks) < most:
+        best = int(torch.argmax(reach))
+        if float(reach[best]) < floor or float(reach[best]) == -torch.inf:
+            break
+        picks.append(best)
+        torch.mv(points, points[best], out=product)
+        product.neg_().add_(half_norms).add_(half_norms[best]).mul_(2.0).clamp_(min=0.0)
+        torch.minimum(reach, product, out=reach)
+        reach[best] = -torch.inf
+    return torch.tensor(picks)
+
+
+def _shorten(
+    reach: torch.Tensor, points: torch.Tensor, half_norms: torch.Tensor, picks: torch.Tensor, products: torch.Tensor
+) -> None:
+    """Bring every point's reach (N,) down to its distance to the new picks, in place, block by block."""
+    centres, centre_norms = points[picks].T.contiguous(), half_norms[picks]
+    for start in range(0, len(points), _ROWS):
+        block = points[start : start + _ROWS]
+        product = products[: len(block), : len(picks)]
+        torch.addmm(centre_norms, block, centres, alpha=-1.0, out=product)
+        distance = product.amin(1).add_(half_norms[start : start + _ROWS]).mul_(2.0).clamp_(min=0.0)
+        torch.minimum(reach[start : start + _ROWS], distance, out=reach[start : start + _ROWS])
+
+
+def local_density(full: torch.Tensor, kept: torch.Tensor, neighbours: int, threads: int = 1) -> torch.Tensor:
+    """Mean squared distance (M,) from each kept row to its K nearest rows of the full set (N C).
+
+    The row itself is left out by its index, so that an equal row elsewhere counts with distance 0 (REB's
+    code drops the first hit only where its distance is exactly 0). Raises UsageError unless 1 <= K < N.
+    """
+    if not 1 <= neighbours < len(full):
+        raise UsageError(f"found k = {neighbours} for {len(full)} training patches, wanted 1 to {len(full) - 1} (--k)")
+    with ThreadPoolExecutor(threads) as pool:
+        return torch.cat(list(pool.map(lambda part: _part_density(full, part, neighbours), kept.chunk(threads))))
+
+
+def _part_density(full: torch.Tensor, kept: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """`local_density` of some of the kept rows.
+
+    The search ranks by q.m - |m|^2 / 2, which cancels for near rows; the best K and a few more are then
+    measured from the vectors themselves.
+    """
+    wanted = min(neighbours + _SPARE, len(full) - 1)
+    core = full[kept]
+    best = torch.full((len(kept), wanted), -torch.inf)
+    places = torch.zeros((len(kept), wanted), dtype=torch.int64)
+    products = torch.empty(len(kept), min(_ROWS, len(full)))
+    for start in range(0, len(full), _ROWS):
+        block = full[start : start + _ROWS]
+        product = products[:, : len(block)]
+        torch.addmm(block.square().sum(1).mul_(-0.5), core, block.T, out=product)
+        inside = ((kept >= start) & (kept < start + len(block))).nonzero().squeeze(1)
+        product[inside, kept[inside] - start] = -torch.inf
+        found = product.topk(min(wanted, len(block)), dim=1)
+        values = torch.cat([best, found.values], dim=1)
+        indices = torch.cat([places, found.indices + start], dim=1)
+        best, order = values.topk(wanted, dim=1)
+        places = indices.gather(1, order)
+    return _mean_nearest(full, core, places, neighbours)
+
+
+def _mean_nearest(full: torch.Tensor, core: torch.Tensor, places: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Distances from core (M C) to full[places] without cancellation; the mean of the K smallest, (M,)."""
+    distances = torch.empty(places.shape)
+    for column in range(places.shape[1]):
+        distances[:, column] = full[places[:, column]].sub_(core).square_().sum(1)
+    return distances.topk(neighbours, dim=1, largest=False).values.mean(1)

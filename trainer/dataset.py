@@ -1,0 +1,198 @@
+"""Folders of images -> frames, splits, and the size that the network gets to see.
+
+A folder's capture order is the natural order of its names (2 before 10). Folders are not searched
+recursively. Pixels are taken as they are stored: alpha is dropped, a JPEG's EXIF orientation is ignored
+(cameras on a line deliver pixels, not photographs), and values are not stretched, so a 12-bit image in a
+16-bit file stays as dark as it is. Images are decoded once to check them and again when they are needed:
+a set is never held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import cv2
+import numpy as np
+
+from daemon.errors import DataError
+from daemon.types import Frame
+from trainer.progress import warn
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+_MOST_CORRUPT = 0.1  # of a folder; more is no accident but a wrong or broken folder
+_CELL = 32  # the network's input sides are multiples of it
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A readable image file: its size and the SHA-256 of its bytes."""
+
+    path: Path
+    hw: tuple[int, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Good images in three, each in capture order: the bank's, the settings', and the limit's alone."""
+
+    train: tuple[Picture, ...]
+    select: tuple[Picture, ...]
+    calibrate: tuple[Picture, ...]
+    skipped: tuple[str, ...]  # names of the corrupt files
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train), "select": len(self.select), "calibrate": len(self.calibrate)}
+
+    @property
+    def leaked(self) -> int:
+        """Calibration images that are byte for byte training images: they make the limit too low."""
+        known = {picture.sha256 for picture in self.train}
+        return sum(picture.sha256 in known for picture in self.calibrate)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the splits' names and file hashes: the same data, split the same way."""
+        parts = (("train", self.train), ("select", self.select), ("calibrate", self.calibrate))
+        lines = [f"{split} {picture.path.name} {picture.sha256}\n" for split, part in parts for picture in part]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_frame(path: Path) -> Frame:
+    """The image as (H W 1) gray or (H W 3) RGB, 8 or 16 bit. Raises DataError, which names the file."""
+    return decode_image(_read(path), path)
+
+
+def decode_image(data: bytes, path: Path) -> Frame:
+    """`read_frame` on bytes that were read already."""
+    if _is_cut_short(data):
+        raise DataError(f"{path}: is cut short; copy it again")
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise DataError(f"{path}: cannot be decoded: {error.err}") from error
+    if pixels is None:
+        raise DataError(f"{path}: found no readable image, wanted PNG, JPEG, BMP or TIFF")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{path}: found {pixels.dtype} pixels, wanted 8 or 16 bit")
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if channels < 3:  # gray, with alpha where there are two
+        return Frame(np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels)[:, :, :1]))
+    return Frame(np.ascontiguousarray(pixels[:, :, 2::-1]))
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The folder's image files in capture order. Raises DataError if there is none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: found {'a file' if folder.exists() else 'nothing'}, wanted a folder of images")
+    entries = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    images = [path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not images:
+        folders = sum(path.is_dir() for path in entries)
+        raise DataError(
+            f"{folder}: found {folders} folders and {len(entries) - folders} other files, wanted images "
+            f"({', '.join(sorted(SUFFIXES))}) in the folder itself"
+        )
+    return images
+
+
+def natural_key(name: str) -> tuple[list[tuple[str, int]], str]:
+    """Sorts part2 before part10; the name itself decides between part1 and part01."""
+    pieces = re.split(r"([0-9]+)", name.lower())
+    numbers = [int(piece) for piece in pieces[1::2]]
+    return list(zip(pieces[::2], [*numbers, -1], strict=True)), name
+
+
+def scan(folder: Path, threads: int) -> tuple[list[Picture], list[str]]:
+    """Check every image of a folder: the readable ones in capture order, and the names of the others.
+
+    Each corrupt file is warned about; more than one in ten is a DataError.
+    """
+    images = list_images(folder)
+    with ThreadPoolExecutor(threads) as pool:
+        checked = list(pool.map(_check, images))
+    faults = [found for found in checked if isinstance(found, DataError)]
+    for fault in faults:
+        warn(f"skipped {fault}")
+    if len(faults) > _MOST_CORRUPT * len(images):
+        raise DataError(
+            f"{folder}: found {len(faults)} corrupt files of {len(images)}, wanted at most one in ten; the first: "
+            f"{faults[0]}"
+        )
+    skipped = [path.name for path, found in zip(images, checked, strict=True) if isinstance(found, DataError)]
+    return [found for found in checked if isinstance(found, Picture)], skipped
+
+
+def split(good: Path, select: Path | None, calibration: Path | None, threads: int) -> Splits:
+    """Divide the good images by capture order; a folder given for a split replaces it.
+
+    The last third calibrates, the fifteenth before it selects, the rest trains (300: 180, 20, 100).
+    Raises DataError if a split would be empty.
+    """
+    pictures, skipped = scan(good, threads)
+    chosen: dict[str, list[Picture]] = {}
+    for name, folder in (("select", select), ("calibrate", calibration)):
+        if folder is not None:
+            chosen[name], faults = scan(folder, threads)
+            skipped += faults
+    count = len(pictures)
+    calibrate_n = 0 if calibration else max(1, count // 3)
+    select_n = 0 if select else max(1, round(count / 15))
+    train_n = count - calibrate_n - select_n
+    if train_n < 1:
+        wanted = 1 + (calibrate_n > 0) + (select_n > 0)
+        raise DataError(f"{good}: found {count} readable images, wanted at least {wanted}, and better 100 or more")
+    return Splits(
+        train=tuple(pictures[:train_n]),
+        select=tuple(chosen.get("select", pictures[train_n : train_n + select_n])),
+        calibrate=tuple(chosen.get("calibrate", pictures[train_n + select_n :])),
+        skipped=tuple(skipped),
+    )
+
+
+def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]:
+    """(h w) of the network's input: `long_side` (a multiple of 32), and the other as the median aspect asks.
+
+    The short side is the multiple of 32, at least one, whose aspect is nearest in ratio.
+    """
+    aspect = math.exp(median(math.log(height / width) for height, width in (picture.hw for picture in pictures)))
+    ideal = long_side * min(aspect, 1 / aspect)
+    below = max(_CELL, int(ideal // _CELL) * _CELL)
+    short_side = min((below, below + _CELL), key=lambda side: abs(math.log(side / ideal)))
+    short_side = min(short_side, long_side)
+    return (long_side, short_side) if aspect > 1 else (short_side, long_side)
+
+
+def _check(path: Path) -> Picture | DataError:
+    try:
+        data = _read(path)
+        height, width = decode_image(data, path).pixels.shape[:2]
+    except DataError as error:
+        return error
+    return Picture(path, (height, width), hashlib.sha256(data).hexdigest())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """OpenCV 4 fills the missing rows of a truncated JPEG or PNG with gray and says nothing (OpenCV 5 refuses it).
+
+    A JPEG's end marker follows its last scan; inside a scan the two bytes cannot occur, and a thumbnail's
+    own end marker comes before. A PNG ends with the chunk IEND.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    return data.startswith(b"\x89PNG") and b"IEND" not in data

@@ -1,0 +1,123 @@
+"""Where a bundle grows: its hidden folder, its version and key, and the moment it gets its name.
+
+A bundle grows beside its final place and is renamed when it is complete, so that no reader ever sees half
+an engine. What the command line asked for is kept here too, with the way that a command ends.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from time import monotonic
+from typing import NoReturn
+
+import click
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from daemon.errors import ConfigError, InspectError, UsageError
+from daemon.keys import TrustedKey, load_trusted, make_signing_key
+from trainer.progress import say
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of build_engines.py."""
+
+    name: str
+    good: Path
+    select: Path | None
+    calibration: Path | None
+    test: Path | None
+    out: Path
+    keys: Path
+    branches: str
+    false_reject: float
+    size: int
+    k: int
+    alpha: float
+    coreset: int
+    backbone: str
+    weights: Path | None
+    targets: str
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the bundle grows and what it will be called; `key` signs it, `trusted` must accept it."""
+
+    folder: Path
+    version: str
+    created: datetime
+    started: float
+    key: Ed25519PrivateKey
+    trusted: tuple[TrustedKey, ...]
+
+    @property
+    def final(self) -> Path:
+        return self.folder.parent / self.version
+
+
+@contextmanager
+def open_site(options: Options) -> Iterator[Site]:
+    """Make or load the signing key, and the hidden folder; what is left of it goes when the build ends.
+
+    Raises ConfigError where the finished bundle could not be opened with the folder's trusted keys.
+    """
+    key = make_signing_key(options.keys)
+    trusted = load_trusted(options.keys / "trusted.yaml")
+    if not any(known.verifies(key.sign(b"probe"), b"probe") for known in trusted):
+        problem = f"does not list the public half of {options.keys / 'signing.key'}; add it"
+        raise ConfigError(str(options.keys / "trusted.yaml"), [problem])
+    created = datetime.now(timezone.utc)
+    folder, version = _reserve(options.out / options.name, created.strftime("%Y%m%dT%H%M%SZ"))
+    try:
+        yield Site(folder, version, created, monotonic(), key, tuple(trusted))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reserve(engine: Path, stamp: str) -> tuple[Path, str]:
+    """Take a version that nobody has or is building: making its hidden folder settles it."""
+    suffix = 1
+    while True:
+        version = stamp if suffix == 1 else f"{stamp}-{suffix}"
+        folder = engine / f".{version}.partial"
+        if not (engine / version).exists():
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder, version
+        suffix += 1
+
+
+def publish(site: Site) -> Path:
+    """Give the bundle its name, and make it current where no engine is."""
+    site.folder.rename(site.final)
+    link = site.final.parent / "current"
+    with suppress(FileExistsError):
+        link.symlink_to(site.version)
+        say(f"{link} -> {site.version}")
+    if link.resolve() != site.final.resolve():
+        say(f"{link} stays at {link.readlink()}; inspectd activate puts the new engine to work")
+    return site.final
+
+
+def run_command(command: click.Command) -> NoReturn:
+    """Run a click command with our exit codes: 64 for a wrong call, else what the error carries."""
+    try:
+        sys.exit(command.main(prog_name=Path(sys.argv[0]).name, standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except InspectError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
