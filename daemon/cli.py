@@ -59,6 +59,9 @@ def cli(log_level: str) -> None:
     """Camera frames in, exactly one verdict for every part out."""
     from daemon.logs import set_up_logs
 
+    # OpenCV's own lines about broken images would stand between ours; read when cv2 is first imported.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
     set_up_logs(log_level)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from daemon.bundle import open_bundle
 from daemon.errors import DataError
 from daemon.inspection.backend import open_backend
+from daemon.inspection.decode import decode_file
 from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pipeline, map_at_frame_size
 from daemon.keys import load_trusted
@@ -28,27 +28,11 @@ def open_pipeline(bundle: Path, trusted: Path, precision: str = "f32", threads: 
 
 
 def read_image(path: Path) -> Frame:
-    """An image file as (H W 1) or (H W 3) RGB, 8 or 16 bit; alpha is dropped. Raises DataError.
-
-    Pixels are taken as stored: an EXIF rotation is what a photo viewer applies, and a camera does not.
-    """
+    """An image file as `decode_file` gives it. Raises DataError, which names the file."""
     try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
+        return decode_file(path.read_bytes(), str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-    except cv2.error:
-        pixels = None
-    if pixels is None:
-        raise DataError(f"{path}: is not an image that OpenCV can decode (PNG, JPEG, BMP or TIFF)")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise DataError(f"{path}: has pixels of type {pixels.dtype}, wanted 8 or 16 bit")
-    if pixels.ndim == 2 or pixels.shape[2] == 1:
-        return Frame(pixels.reshape(*pixels.shape[:2], 1))
-    if pixels.shape[2] == 2:
-        return Frame(np.ascontiguousarray(pixels[:, :, :1]))  # gray with alpha
-    return Frame(np.ascontiguousarray(pixels[:, :, 2::-1]))
 
 
 def list_images(paths: list[Path]) -> list[Path]:

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +47,7 @@ def accept(seq: int, camera: str = "cam1", epoch: str = "e1") -> dict[str, Any]:
     return {"t": "accept", "camera": camera, "epoch": epoch, "seq": seq, "partId": f"part-{seq}", "ns": 1}
 
 
-def verdict(key: PartKey, outcome: str = "PASS", reason: str | None = None, **more: Any) -> dict[str, Any]:
+def verdict(key: PartKey, outcome: str = "PASS", reason: str | None = None, **more: int) -> dict[str, Any]:
     part = {"camera": key.camera, "epoch": key.epoch, "seq": key.seq, "partId": None, "ns": 1}
     return {"t": "verdict", **part, "outcome": outcome, "reason": reason, **more}
 
@@ -82,12 +82,15 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[int | OSError | None]:
 
 
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Any:
-    """The journal's log lines, also where another test has set up the logs of a daemon."""
+def logged() -> Iterator[list[int]]:
+    """The levels of the journal's log lines, also where another test has set up the logs of a daemon."""
+    levels: list[int] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: levels.append(record.levelno)  # type: ignore[method-assign]
     logger = logging.getLogger("inspectd.journal")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+    logger.addHandler(handler)
+    yield levels
+    logger.removeHandler(handler)
 
 
 # --- records
@@ -191,29 +194,28 @@ def test_segment_is_appended_to_and_readable_by_owner_and_group_only(tmp_path: P
 
 
 def test_full_disk_is_told_once_and_the_next_record_is_written(
-    tmp_path: Path, disk: list[Any], logged: pytest.LogCaptureFixture
+    tmp_path: Path, disk: list[Any], logged: list[int]
 ) -> None:
     journal = opened(tmp_path, accept(1))
     disk += [OSError(errno.ENOSPC, "No space left on device")] * 2
     journal.write(accept(2))
     journal.write(accept(3))
     assert journal.fault == "No space left on device"
-    assert [record.levelno for record in logged.records] == [logging.ERROR]
+    assert logged == [logging.ERROR]
     journal.write(accept(4))
     assert journal.fault is None
-    assert [record.levelno for record in logged.records] == [logging.ERROR, logging.WARNING]
+    assert logged == [logging.ERROR, logging.WARNING]
     assert all_records(tmp_path) == [STATE, accept(1), accept(4)]
 
 
 def test_short_write_is_a_fault_and_the_next_record_stands_on_a_fresh_line(
-    tmp_path: Path, disk: list[Any], logged: pytest.LogCaptureFixture
+    tmp_path: Path, disk: list[Any], logged: list[int]
 ) -> None:
     journal = opened(tmp_path, accept(1))
     disk.append(len(encode_record(accept(2))) + 7)
     journal.write(accept(2), accept(3))
     assert journal.fault is not None
-    assert "7 of" not in journal.fault.partition(" of ")[0]
-    assert logged.records[-1].levelno == logging.ERROR
+    assert logged == [logging.ERROR]
     journal.write(accept(4))
     journal.write(accept(5))
     assert journal.fault is None
@@ -386,7 +388,7 @@ class History:
         self.dispatcher = Dispatcher(config, "run", PartBook(), Records(self.journal, Metrics(), None), announcer=None)  # type: ignore[arg-type]
         self.model = Model()
         self.ends: list[tuple[int, Model]] = [(0, Model())]
-        self.begun = 0
+        self.begun = self.epochs = 0
         self.rotate()
 
     def rotate(self) -> None:
@@ -397,9 +399,10 @@ class History:
 
     def accept(self, camera: str, skip: int, *, new_epoch: bool) -> None:
         book = self.dispatcher.book
-        epoch, last, retired = self.model.streams.get(camera, ("e0", 9, frozenset()))
+        epoch, last, _ = self.model.streams.get(camera, ("e0", 9, frozenset()))
         if new_epoch:
-            epoch, last, skip = f"e{len(retired) + 1}", 99, 0
+            self.epochs += 1
+            epoch, last, skip = f"e{self.epochs}", 99, 0
         skip = skip if camera in self.model.streams else 0
         key = PartKey(camera, epoch, last + 1 + skip)
         assert book.admit(key, "owner").refusal is None
@@ -443,16 +446,16 @@ def known(book: PartBook) -> Model:
 
 
 STEPS = st.lists(
-    st.tuples(st.just("accept"), st.sampled_from(["cam1", "cam2"]), st.sampled_from([0, 0, 0, 1, 70]), st.booleans())
+    st.tuples(st.just("accept"), st.sampled_from(["cam1", "cam2"]), st.sampled_from([0, 1, 70]), st.booleans())
     | st.tuples(st.just("settle"), st.integers(0, 10))
     | st.tuples(st.just("rotate")),
     max_size=25,
 )
 
 
-@given(STEPS, st.integers(0, 10_000))
+@given(STEPS, st.integers(0, 100), st.integers(0, 400))
 @settings(max_examples=150, deadline=None)
-def test_book_comes_back_from_a_journal_cut_at_any_byte(steps: list[Any], place: int) -> None:
+def test_book_comes_back_from_a_journal_cut_at_any_byte(steps: list[Any], record: int, byte: int) -> None:
     with TemporaryDirectory() as name:
         history = History(Path(name))
         for kind, *values in steps:
@@ -463,7 +466,7 @@ def test_book_comes_back_from_a_journal_cut_at_any_byte(steps: list[Any], place:
             else:
                 history.rotate()
         history.journal.close()
-        kept = place % (history.ends[-1][0] + 1)
+        kept = min(history.ends[record % len(history.ends)][0] + byte, history.ends[-1][0])
         cut_journal(Path(name), kept)
         book = replay(last_run(Path(name)))
     assert known(book) == [model for end, model in history.ends if end <= kept][-1]
@@ -489,15 +492,15 @@ def test_missing_parts_whose_successor_was_lost_are_not_missing_again(tmp_path: 
     cut_journal(tmp_path, history.ends[-2][0])
     assert last_run(tmp_path)[-1]["reason"] == "MISSING"
     book = replay(last_run(tmp_path))
-    assert book.admit(PartKey("cam1", "e0", 15), "owner").gap is None or book.streams["cam1"].last_seq == 15
-    book = replay(last_run(tmp_path))
     gap = book.admit(PartKey("cam1", "e0", 15), "owner").gap
     assert gap is not None
     assert (gap.first, gap.last) == (14, 14)
 
 
 def test_part_whose_accept_was_damaged_is_not_missing_beside_its_verdict(tmp_path: Path) -> None:
-    journal = opened(tmp_path, accept(1), accept(2), verdict(PartKey("cam1", "e1", 1)), verdict(PartKey("cam1", "e1", 2)))
+    journal = opened(
+        tmp_path, accept(1), accept(2), verdict(PartKey("cam1", "e1", 1)), verdict(PartKey("cam1", "e1", 2))
+    )
     journal.close()
     (path,) = segments(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"part-2", b"part-9"))

@@ -93,9 +93,7 @@ class EfficientNetLite0(nn.Module):
         for stage, (repeats, kernel, stride, expansion, outputs) in enumerate(_LITE0_STAGES):
             for repeat in range(repeats):
                 first = repeat == 0
-                self._blocks.append(
-                    _InvertedResidual(channels, outputs, kernel, stride if first else 1, expansion)
-                )
+                self._blocks.append(_InvertedResidual(channels, outputs, kernel, stride if first else 1, expansion))
                 channels = outputs
             if stage in _LITE0_TAPS:
                 self._taps.append(len(self._blocks) - 1)

@@ -152,7 +152,7 @@ def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
 
 def describe_training(options: Options, site: Site, splits: Splits) -> dict[str, Any]:
     """What the engine was made of and with: enough to make it again."""
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
     return {
         "dataDigest": splits.digest,
         "images": splits.counts,

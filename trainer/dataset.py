@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import cv2
-import numpy as np
-
 from daemon.errors import DataError
+from daemon.inspection.decode import decode_file
 from daemon.types import Frame
 from trainer.progress import warn
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 _MOST_CORRUPT = 0.1  # of a folder; more is no accident but a wrong or broken folder
+_COMMON_ASPECT = math.log(1.25)  # between the 10th and the 90th percentile; beyond it the aspects are mixed
 _CELL = 32  # the network's input sides are multiples of it
 
 
@@ -68,25 +67,7 @@ class Splits:
 
 def read_frame(path: Path) -> Frame:
     """The image as (H W 1) gray or (H W 3) RGB, 8 or 16 bit. Raises DataError, which names the file."""
-    return decode_image(_read(path), path)
-
-
-def decode_image(data: bytes, path: Path) -> Frame:
-    """`read_frame` on bytes that were read already."""
-    if _is_cut_short(data):
-        raise DataError(f"{path}: is cut short; copy it again")
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
-        raise DataError(f"{path}: cannot be decoded: {error.err}") from error
-    if pixels is None:
-        raise DataError(f"{path}: found no readable image, wanted PNG, JPEG, BMP or TIFF")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise DataError(f"{path}: found {pixels.dtype} pixels, wanted 8 or 16 bit")
-    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    if channels < 3:  # gray, with alpha where there are two
-        return Frame(np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels)[:, :, :1]))
-    return Frame(np.ascontiguousarray(pixels[:, :, 2::-1]))
+    return decode_file(_read(path), str(path))
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -161,9 +142,14 @@ def split(good: Path, select: Path | None, calibration: Path | None, threads: in
 def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]:
     """(h w) of the network's input: `long_side` (a multiple of 32), and the other as the median aspect asks.
 
-    The short side is the multiple of 32, at least one, whose aspect is nearest in ratio.
+    The short side is the multiple of 32, at least one, whose aspect is nearest in ratio. Where the aspects of
+    the images have little in common there is no aspect to keep, and the input is square.
     """
-    aspect = math.exp(median(math.log(height / width) for height, width in (picture.hw for picture in pictures)))
+    aspects = sorted(math.log(height / width) for height, width in (picture.hw for picture in pictures))
+    tenth = len(aspects) // 10
+    if aspects[-1 - tenth] - aspects[tenth] > _COMMON_ASPECT:
+        return long_side, long_side
+    aspect = math.exp(median(aspects))
     ideal = long_side * min(aspect, 1 / aspect)
     below = max(_CELL, int(ideal // _CELL) * _CELL)
     short_side = min((below, below + _CELL), key=lambda side: abs(math.log(side / ideal)))
@@ -174,7 +160,7 @@ def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]
 def _check(path: Path) -> Picture | DataError:
     try:
         data = _read(path)
-        height, width = decode_image(data, path).pixels.shape[:2]
+        height, width = decode_file(data, str(path)).pixels.shape[:2]
     except DataError as error:
         return error
     return Picture(path, (height, width), hashlib.sha256(data).hexdigest())
@@ -185,14 +171,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _is_cut_short(data: bytes) -> bool:
-    """OpenCV 4 fills the missing rows of a truncated JPEG or PNG with gray and says nothing (OpenCV 5 refuses it).
-
-    A JPEG's end marker follows its last scan; inside a scan the two bytes cannot occur, and a thumbnail's
-    own end marker comes before. A PNG ends with the chunk IEND.
-    """
-    if data.startswith(b"\xff\xd8"):
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    return data.startswith(b"\x89PNG") and b"IEND" not in data

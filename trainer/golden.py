@@ -36,9 +36,7 @@ class Golden:
     outcome: Outcome
 
 
-def pick_golden(
-    pipeline: Pipeline, pictures: Sequence[Picture], scores: FloatArray, product: Product
-) -> list[Golden]:
+def pick_golden(pipeline: Pipeline, pictures: Sequence[Picture], scores: FloatArray, product: Product) -> list[Golden]:
     """Up to three good frames and a spoilt one; `scores` (n,) are the pictures', from this pipeline.
 
     Raises DataError where the engine rejects nothing that is done to a frame: it would be blind.

@@ -193,13 +193,15 @@ def _test(contents: Contents) -> str:
         (escape(kind), *(_number(found[name]) for name in ("n", "escapeRate", "imageAuroc")))
         for kind, found in figures["byDefect"].items()
     ]
-    return "\n".join([
-        "<h2>On the labelled test images</h2>",
-        _table(rows),
-        _table(by_defect, ("Defect", "n", "escapeRate", "imageAuroc")),
-        _gallery(f"Worst escapes (of {len(escapes)})", contents, _captions(escapes)),
-        _gallery(f"Worst false rejects (of {len(rejects)})", contents, _captions(rejects)),
-    ])
+    return "\n".join(
+        [
+            "<h2>On the labelled test images</h2>",
+            _table(rows),
+            _table(by_defect, ("Defect", "n", "escapeRate", "imageAuroc")),
+            _gallery(f"Worst escapes (of {len(escapes)})", contents, _captions(escapes)),
+            _gallery(f"Worst false rejects (of {len(rejects)})", contents, _captions(rejects)),
+        ]
+    )
 
 
 def _captions(images: Sequence[Judged]) -> list[tuple[Path, str]]:

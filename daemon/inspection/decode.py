@@ -11,7 +11,7 @@ import struct
 import cv2
 import numpy as np
 
-from daemon.errors import FrameError
+from daemon.errors import DataError, FrameError
 from daemon.types import Frame, PixelArray, RawFrame
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -49,6 +49,8 @@ def _from_encoded(raw: RawFrame) -> PixelArray:
     found = encoded_size(raw.payload)
     if found is None:
         raise FrameError(f"the payload is not a readable {raw.encoding} file")
+    if is_cut_short(bytes(raw.payload)):
+        raise FrameError(f"the {raw.encoding} is cut short")
     if found != raw.shape[:2]:
         raise FrameError(f"the {raw.encoding} has size {list(found)}, the header says {list(raw.shape[:2])}")
     gray = raw.pixel_format not in ("RGB8", "BGR8")
@@ -91,6 +93,38 @@ def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
             continue
         position += 2 + struct.unpack(">H", data[position + 2 : position + 4])[0]
     return None
+
+
+def decode_file(data: bytes, name: str) -> Frame:
+    """An image file's bytes as (H W 1) or (H W 3) RGB, 8 or 16 bit; alpha is dropped. Raises DataError.
+
+    Pixels are taken as stored: an EXIF rotation is what a photo viewer applies, and a camera does not.
+    """
+    if is_cut_short(data):
+        raise DataError(f"{name}: is cut short; copy it again")
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    except cv2.error as error:
+        raise DataError(f"{name}: cannot be decoded: {error.err}") from error
+    if pixels is None:
+        raise DataError(f"{name}: found no readable image, wanted PNG, JPEG, BMP or TIFF")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{name}: found {pixels.dtype} pixels, wanted 8 or 16 bit")
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if channels < 3:  # gray, with alpha where there are two
+        return Frame(np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels)[:, :, :1]))
+    return Frame(np.ascontiguousarray(pixels[:, :, 2::-1]))
+
+
+def is_cut_short(data: bytes) -> bool:
+    """OpenCV 4 fills the missing rows of a truncated JPEG or PNG with gray and says nothing (OpenCV 5 refuses it).
+
+    A JPEG's end marker follows its last scan; inside a scan the two bytes cannot occur, and a thumbnail's
+    own end marker comes before. A PNG ends with the chunk IEND.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    return data.startswith(_PNG_MAGIC) and b"IEND" not in data
 
 
 def lossless(raw: RawFrame) -> tuple[str, bytes]:

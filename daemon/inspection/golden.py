@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import cv2
-import numpy as np
-
-from daemon.errors import BundleError
+from daemon.errors import BundleError, DataError
+from daemon.inspection.decode import decode_file
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import Frame
 
@@ -39,8 +37,8 @@ def check_golden(pipeline: Pipeline) -> float:
 
 
 def read_golden(data: bytes, name: str) -> Frame:
-    """A golden PNG as (H W 1) or (H W 3) RGB, 8 or 16 bit. Raises BundleError."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
-        raise BundleError(f"{name}: is not a PNG of 8 or 16 bit")
-    return Frame(pixels[:, :, None] if pixels.ndim == 2 else np.ascontiguousarray(pixels[:, :, 2::-1]))
+    """A golden PNG's pixels. Raises BundleError."""
+    try:
+        return decode_file(data, name)
+    except DataError as error:
+        raise BundleError(str(error)) from error
