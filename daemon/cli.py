@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,10 @@ def main() -> None:
     except InspectError as error:
         print(f"inspectd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"inspectd: {error}", file=sys.stderr)
+        sys.exit(InspectError.exit_code)
+    except Exception:
+        # A fault of our own: the trace is for whoever reports it, the code for systemd.
+        traceback.print_exc()
+        sys.exit(InspectError.exit_code)

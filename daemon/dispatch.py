@@ -310,8 +310,9 @@ def replay(records: list[Record]) -> PartBook:
         if kind == "accept":
             book.admit(key, "")
             book.open(Entry(key, record["partId"], 0, 0))
-        else:
-            book.settle(key)
+        elif book.settle(key) is None:
+            # A gap, or a part whose accept was damaged: the stream has come as far as this all the same.
+            book.admit(replace(key, seq=record.get("seqTo", key.seq)), "")
     for stream in book.streams.values():
         stream.owner = None
     return book

@@ -16,6 +16,9 @@ import zmq
 from daemon.bundle import current_bundle, open_bundle
 from daemon.config import Config, load_config
 from daemon.errors import InspectError
+from daemon.inspection.backend import open_backend
+from daemon.inspection.golden import check_golden
+from daemon.inspection.pipeline import Pipeline
 from daemon.keys import load_keyring, load_trusted
 
 State = Literal["ok", "WARN", "FAIL"]
@@ -72,20 +75,27 @@ def _keys(config: Config) -> Iterator[Finding]:
     mode = stat.S_IMODE(folder.stat().st_mode) if folder.is_dir() else 0
     if mode & 0o077:
         yield Finding("WARN", f"keys: {folder} has mode {mode:04o}; chmod 700 {folder}")
+    yield Finding("ok", f"keys: {len(load_trusted(folder / 'trusted.yaml'))} trusted engine builder(s)")
+    if not any(endpoint.uses_curve for _, endpoint in config.endpoints()):
+        return
     keyring = load_keyring(folder)
     for peer in keyring.peers:
         yield Finding("ok", f"peer {peer.name}: {', '.join(peer.roles)} on {', '.join(peer.topics)}")
     roles = {role for peer in keyring.peers for role in peer.roles}
-    if any(endpoint.uses_curve for _, endpoint in config.endpoints()) and "camera" not in roles:
+    if "camera" not in roles:
         yield Finding("WARN", "keys: no peer may be a camera; inspectd keygen peer NAME --role camera")
-    yield Finding("ok", f"keys: {len(load_trusted(folder / 'trusted.yaml'))} trusted engine builder(s)")
 
 
 def _engines(config: Config) -> Iterator[Finding]:
     trusted = load_trusted(config.security.keys / "trusted.yaml")
     for product in sorted({camera.product for camera in config.cameras.values()}):
         bundle = open_bundle(current_bundle(config.engines.dir, product), trusted)
-        yield Finding("ok", f"engine {product}: version {bundle.manifest.version}, signature and files good")
+        backend = open_backend(bundle, config.backend.kind, config.backend.precision, config.backend.threads)
+        share = check_golden(Pipeline(bundle, backend))
+        told = (
+            f"signature and files good, golden frames at {100 * share:.0f} % of their tolerance in {backend.precision}"
+        )
+        yield Finding("ok", f"engine {product}: version {bundle.manifest.version}, {told}")
 
 
 def _ports(config: Config) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 from daemon.errors import DataError
@@ -36,6 +37,10 @@ def print_summary(folder: Path, last: int) -> int:
 def _open(folder: Path) -> Ledger:
     if not folder.is_dir():
         raise DataError(f"{folder}: no ledger is there; has this configuration ever run?")
-    ledger = Ledger(folder)
-    ledger.fill()
+    try:
+        ledger = Ledger(folder)
+        ledger.fill()
+    except sqlite3.DatabaseError as error:
+        file = folder / "ledger.sqlite"
+        raise DataError(f"{file}: {error}; move it away, and it is made again from the journal beside it") from error
     return ledger

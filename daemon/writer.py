@@ -6,7 +6,6 @@ Nothing here can stop inspection: what fails is logged, shown as a metric, and t
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from time import monotonic
 
@@ -48,7 +47,7 @@ class Writer:
         self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        ledger = Ledger(self._config.ledger.dir)
+        ledger: Ledger | None = None
         round_number, forgotten_s = 0, -_FORGET_EVERY_S
         stopping = False
         while not stopping:
@@ -60,8 +59,9 @@ class Writer:
             if stopping or round_number % _FILL_EVERY == 0:
                 due = monotonic() - forgotten_s >= _FORGET_EVERY_S
                 forgotten_s = monotonic() if due else forgotten_s
-                self._fill(ledger, forget=due)
-        ledger.close()
+                ledger = self._fill(ledger, forget=due)
+        if ledger is not None:
+            ledger.close()
 
     def _sync(self) -> None:
         try:
@@ -71,10 +71,15 @@ class Writer:
         else:
             self._synced_s = monotonic()
 
-    def _fill(self, ledger: Ledger, *, forget: bool) -> None:
+    def _fill(self, ledger: Ledger | None, *, forget: bool) -> Ledger | None:
+        """Fill the ledger, opened where it is not open yet; None where it has to be opened again."""
         try:
+            ledger = ledger or Ledger(self._config.ledger.dir)
             ledger.fill()
             if forget:
                 ledger.forget(self._config.ledger.keep_days)
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:
+            # One boundary: whatever is wrong with the ledger, journal and recorder must go on.
             log.error("ledger is behind the journal, tried again: %s", error)  # noqa: TRY400 - the trace adds nothing
+            return None
+        return ledger

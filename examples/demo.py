@@ -195,9 +195,7 @@ def show(summary: dict[str, Any], seconds: float) -> None:
     say("")
     for key, value in summary.items():
         say(f"   {key:<{width}}  {value}")
-    say(
-        f"\n   {seconds:.0f} s in all. Look at demo/overview.png and demo/results.jsonl; demo/daemon.log is the daemon's."
-    )
+    say(f"\n   {seconds:.0f} s in all. Look at demo/overview.png, demo/results.jsonl and demo/daemon.log.")
 
 
 if __name__ == "__main__":

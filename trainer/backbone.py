@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from daemon.errors import UsageError
 
@@ -43,7 +43,7 @@ class Backbone:
 class _SameConv(nn.Conv2d):
     """A convolution padded as TensorFlow's SAME: an even stride pads more at the bottom right."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's own name
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride == 1:
             return F.conv2d(input, self.weight, None, 1, kernel // 2, 1, self.groups)

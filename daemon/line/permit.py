@@ -110,7 +110,9 @@ class PermitDesk:
         for waiting in bridge.unacked.values():
             if now_ns - waiting.sent_ns >= RESEND_MS * 1_000_000:
                 waiting.sent_ns = now_ns
-                again.append((identity, {**waiting.header, **self._echo(identity)}))
+                # The new nonce is younger than the verdict: what is left of its validity is counted from there.
+                left_ms = (waiting.expires_ns - now_ns) // 1_000_000
+                again.append((identity, {**waiting.header, "validMs": left_ms, **self._echo(identity)}))
         return again
 
     def _acknowledge(self, bridge: _Bridge, header: Header) -> None:
@@ -173,11 +175,18 @@ class Lease:
         if run != self._run or self._run is None:
             return None
         if kind == "HEARTBEAT":
-            self.state = str(header.get("state"))
-            if sent_ns is not None:
-                self._fresh_until_ns = max(self._fresh_until_ns, sent_ns + self._lease_ns)
+            self._take_heartbeat(str(header.get("state")), sent_ns)
             return None
         return self._take_verdict(header, sent_ns, now_ns) if kind == "VERDICT" else None
+
+    def _take_heartbeat(self, state: str, sent_ns: int | None) -> None:
+        """Only the newest nonce speaks: a RUNNING that was held up must not undo a PAUSED that overtook it."""
+        if sent_ns is None or sent_ns + self._lease_ns < self._fresh_until_ns:
+            return
+        is_newer = sent_ns + self._lease_ns > self._fresh_until_ns
+        if is_newer or state != "RUNNING":
+            self.state = state
+        self._fresh_until_ns = sent_ns + self._lease_ns
 
     def needs_hello(self, now_ns: int) -> bool:
         return self._run is None or now_ns >= self._fresh_until_ns

@@ -114,7 +114,7 @@ def receive(socket: zmq.Socket[bytes], *, routed: bool) -> Message | None:
     while frames[-1].more:
         part = socket.recv(zmq.NOBLOCK, copy=False)
         frames.append(part)
-        if len(frames) > MOST_PARTS + 1:
+        if len(frames) > MOST_PARTS + routed:
             frames[-2:] = [part]
     identity = frames.pop(0).bytes if routed else b""
     key = sender_key(frames[0]) if frames else ""

@@ -174,11 +174,16 @@ _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 def refuses_strangers(address: str) -> bool:
     """Whether the tcp socket at `address` turns away a peer without a key; asked over the wire itself.
 
-    A wildcard address is asked on loopback. The caller need not serve ZAP meanwhile: libzmq itself
-    refuses a peer that does not speak CURVE.
+    Asked as each kind of client: a plain socket would refuse the wrong kind for its kind alone. A wildcard
+    address is asked on loopback. The caller need not serve ZAP meanwhile: libzmq itself refuses a peer that
+    does not speak CURVE.
     """
+    return all(_refuses(address, kind) for kind in (zmq.DEALER, zmq.PUSH, zmq.SUB))
+
+
+def _refuses(address: str, kind: int) -> bool:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stranger = context.socket(zmq.DEALER)
+    stranger = context.socket(kind)
     stranger.linger = 0
     monitor = stranger.get_monitor_socket(_REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     try:

@@ -39,7 +39,15 @@ class Journal:
         """Start a new segment with the whole state; the old one is closed by the next `sync`."""
         newest = max((int(p.stem.split("-")[1]) for p in segments(self._folder)), default=0)
         path = self._folder / f"journal-{max(now_ns, newest + 1):020d}.log"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
+        except OSError as error:
+            if self._descriptor < 0:
+                raise
+            # A full disk: the open segment grows on, and the next attempt waits until it has grown as much again.
+            self._written = 0
+            self._tell(error.strerror or str(error))
+            return
         if self._descriptor >= 0:
             self._retired.append(self._descriptor)
         self._descriptor, self._written, self._torn = descriptor, 0, False
@@ -62,6 +70,9 @@ class Journal:
             fault = error.strerror or str(error)
         else:
             self._written += written
+        self._tell(fault)
+
+    def _tell(self, fault: str | None) -> None:
         if fault != self.fault:
             log.log(
                 logging.ERROR if fault else logging.WARNING, "journal fault=%s", fault or "none, it is written again"
@@ -122,12 +133,14 @@ def read_records(path: Path, offset: int = 0) -> Iterator[tuple[int, Record | No
 
 def last_run(folder: Path) -> list[Record]:
     """The records since the newest `run` record that can be read, that one first; [] for a new journal."""
+    newer: list[Record] = []
     for path in reversed(segments(folder)):
         records = [record for _, record in read_records(path)]
+        known = [record for record in records if record is not None]
+        if len(known) < len(records):
+            log.warning("journal segment=%s damaged_records=%d", path.name, len(records) - len(known))
+        newer = known + newer
         if records and records[0] and records[0].get("t") == "run":
-            damaged = sum(record is None for record in records)
-            if damaged:
-                log.warning("journal segment=%s damaged_records=%d", path.name, damaged)
-            return [record for record in records if record is not None]
-        log.warning("journal segment=%s has no readable beginning; the one before is taken", path.name)
-    return []
+            return newer
+        log.warning("journal segment=%s has no readable beginning; the one before is taken too", path.name)
+    return newer if newer and newer[0].get("t") == "run" else []

@@ -119,7 +119,8 @@ class Ledger:
     def verify(self) -> Audit:
         """Count, and look for parts with two verdicts, holes and overlaps in a stream, and forgotten parts."""
         count = self._db.execute(
-            "SELECT ifnull(sum(accepted), 0), ifnull(sum((1 - accepted) * (seq_to - seq + 1)), 0), "
+            "SELECT ifnull(sum(accepted), 0), "
+            "ifnull(sum((1 - accepted) * (reason = 'MISSING') * (seq_to - seq + 1)), 0), "
             "ifnull(sum((outcome IS NOT NULL) * (seq_to - seq + 1)), 0), ifnull(sum(outcome IS NULL), 0) FROM parts"
         ).fetchone()
         damaged = (self._db.execute("SELECT damaged FROM place").fetchone() or (0,))[0]
@@ -147,7 +148,8 @@ class Ledger:
 
     def latest(self, most: int) -> list[dict[str, Any]]:
         """The newest decided parts, newest first."""
-        cursor = self._db.execute("SELECT * FROM parts ORDER BY decided_ns DESC LIMIT ?", (most,))
+        query = "SELECT * FROM parts WHERE outcome IS NOT NULL ORDER BY decided_ns DESC LIMIT ?"
+        cursor = self._db.execute(query, (most,))
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
 
@@ -162,7 +164,13 @@ class Ledger:
     def forget(self, keep_days: int) -> None:
         """Delete rows and journal segments older than `keep_days`; the newest segment always stays."""
         before_ns = time.time_ns() - keep_days * 86_400 * 10**9
-        self._db.execute("DELETE FROM parts WHERE decided_ns < ?", (before_ns,))
+        # Within a stream only what lies below the first young or undecided part may go: a hole would look like a loss.
+        self._db.execute(
+            "DELETE FROM parts AS old WHERE decided_ns < :before AND NOT EXISTS (SELECT 1 FROM parts AS kept "
+            "WHERE kept.camera = old.camera AND kept.epoch = old.epoch AND kept.seq < old.seq "
+            "AND (kept.decided_ns IS NULL OR kept.decided_ns >= :before))",
+            {"before": before_ns},
+        )
         (current,) = self._db.execute("SELECT segment FROM place").fetchone() or ("",)
         files = segments(self._folder)
         for path, follower in pairwise(files):

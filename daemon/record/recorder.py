@@ -42,7 +42,7 @@ class Recorder:
         self._waiting: deque[Reject] = deque()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
-        self._used_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self._used_bytes = sum(map(_size, folder.rglob("*")))
         self.dropped = 0
 
     def submit(self, reject: Reject) -> None:
@@ -69,7 +69,10 @@ class Recorder:
                 log.warning(
                     "recorder dropped camera=%s seq=%s: %s", reject.header["camera"], reject.header["seq"], error
                 )
-        self._make_room()
+        try:
+            self._make_room()
+        except OSError as error:
+            log.warning("recorder cannot look through its folder: %s", error)
         return written
 
     def _write(self, reject: Reject) -> None:
@@ -80,21 +83,40 @@ class Recorder:
         stem = f"{header['decidedNs']}-{header['camera']}-{epoch}-{header['seq']}"
         extension, data = reject.encode()
         text = json.dumps({**header, "file": f"{stem}.{extension}"}, indent=1).encode()
-        for path, content in ((day / f"{stem}.{extension}", data), (day / f"{stem}.json", text)):
-            path.write_bytes(content)
-            self._used_bytes += len(content)
+        files = {day / f"{stem}.{extension}": data, day / f"{stem}.json": text}
+        try:
+            for path, content in files.items():
+                path.write_bytes(content)
+        except OSError:
+            for path in files:  # a picture without its facts is of no use
+                path.unlink(missing_ok=True)
+            raise
+        self._used_bytes += sum(map(len, files.values()))
 
     def _make_room(self) -> None:
+        """Delete the oldest files until what is left fits; what cannot be deleted is passed over."""
         if self._used_bytes <= self._keep_bytes:
             return
         # Names begin with the time, so the sorted order is the order of recording.
         for path in sorted(p for p in self._folder.rglob("*") if p.is_file()):
             if self._used_bytes <= self._keep_bytes:
                 return
-            self._used_bytes -= path.stat().st_size
-            path.unlink()
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
+            try:
+                size = path.stat().st_size
+                path.unlink()
+                self._used_bytes -= size
+                if path.parent != self._folder and not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+            except OSError as error:
+                log.warning("recorder cannot make room: %s", error)
+        self._used_bytes = sum(map(_size, self._folder.rglob("*")))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def _day(time_ns: int) -> str:
