@@ -22,13 +22,13 @@ Anything = NDArray[Any]
 def resize_area(pixels: Anything, size_hw: tuple[int, int]) -> Array:
     """(H W C) -> (h w C). Each output pixel is the mean of the input under it, fractions of pixels included.
 
-    Source: OpenCV's documentation of INTER_AREA ("resampling using pixel area relation"). Where a side grows, area
-    is not defined by it, and both sides are bilinear with half-pixel centres instead.
+    Source: OpenCV's documentation of INTER_AREA ("resampling using pixel area relation"). A side that grows, for
+    which it is not defined, is bilinear with half-pixel centres instead; each side is taken by itself.
     """
-    height, width = pixels.shape[:2]
-    shrinks = height >= size_hw[0] and width >= size_hw[1]
-    weights = area_weights if shrinks else bilinear_weights
-    rows, columns = weights(size_hw[0], height), weights(size_hw[1], width)
+    rows, columns = (
+        (area_weights if size <= length else bilinear_weights)(size, length)
+        for size, length in zip(size_hw, pixels.shape[:2], strict=True)
+    )
     planes = [rows @ pixels[:, :, channel].astype(np.float64) @ columns.T for channel in range(pixels.shape[2])]
     return np.stack(planes, axis=2)
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_tensors
 
 from daemon.bundle import BANK, NETWORKS, Bundle, Preprocessing
 from daemon.errors import BundleError, DeviceError
-from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, Repaired, Tensor
+from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor
 
 
 class CpuBackend:
@@ -94,11 +94,7 @@ def normalise(frame: Frame, preprocessing: Preprocessing) -> FloatArray:
     16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels.
     """
     height, width = preprocessing.size
-    pixels = frame.pixels
-    shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
-    if pixels.shape[:2] != (height, width):
-        # OpenCV's area average is defined for shrinking; where a side grows, bilinear is the honest choice.
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    pixels = resize(frame.pixels, height, width)
     planes = pixels.reshape(height, width, -1).transpose(2, 0, 1)
     values = np.empty((1, 3, height, width), np.float32)
     to_eight_bit = 1.0 / 257.0 if pixels.dtype == np.uint16 else 1.0
@@ -108,6 +104,19 @@ def normalise(frame: Frame, preprocessing: Preprocessing) -> FloatArray:
         np.multiply(plane, np.float32(to_eight_bit * scale), out=values[0, channel])
         values[0, channel] -= np.float32(preprocessing.mean[channel] * scale)
     return values
+
+
+def resize(pixels: PixelArray, height: int, width: int) -> PixelArray:
+    """(H W C) -> (height width C): each side by itself, area average where it shrinks, bilinear where it grows.
+
+    OpenCV decides for both sides at once: where one of them grows, the other would be sampled with aliasing.
+    """
+    rows, columns = pixels.shape[:2]
+    if rows > height or columns > width:
+        pixels = cv2.resize(pixels, (min(columns, width), min(rows, height)), interpolation=cv2.INTER_AREA)
+    if rows < height or columns < width:
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return pixels
 
 
 def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
