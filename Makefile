@@ -26,8 +26,10 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.installed  ## times through the sockets; writes bench/results/line.json
+bench: .venv/.installed  ## times through the sockets and the demo, recorded; then the table in README
 	$(BIN)/python -m bench.line
+	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.tables
 
 accuracy: .venv/.installed  ## make accuracy DATA=folder; writes bench/results/accuracy.json
 	$(BIN)/python -m bench.accuracy --data $(DATA)

@@ -49,10 +49,10 @@ def _from_encoded(raw: RawFrame) -> PixelArray:
     found = encoded_size(raw.payload)
     if found is None:
         raise FrameError(f"the payload is not a readable {raw.encoding} file")
-    if is_cut_short(bytes(raw.payload)):
-        raise FrameError(f"the {raw.encoding} is cut short")
     if found != raw.shape[:2]:
         raise FrameError(f"the {raw.encoding} has size {list(found)}, the header says {list(raw.shape[:2])}")
+    if is_cut_short(bytes(raw.payload)):
+        raise FrameError(f"the {raw.encoding} is cut short")
     gray = raw.pixel_format not in ("RGB8", "BGR8")
     flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH if gray else cv2.IMREAD_COLOR
     flags |= cv2.IMREAD_IGNORE_ORIENTATION  # a camera's pixels are where they are; rotating is for photo viewers
