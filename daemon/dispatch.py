@@ -86,17 +86,19 @@ class Dispatcher:
             return self._refuse(part.camera, admission.refusal, admission.detail)
         now_ns = monotonic_ns()
         entry = Entry(part.key, part.part_id, now_ns, now_ns + deadline_ns(camera.deadline_ms))
-        self._accept(entry, admission.gap)
+        frame: RawFrame | None = None
+        verdict: Verdict | None = Verdict(Outcome.REJECT, Reason.BAD_FRAME)
         try:
             frame = part.frame()
         except FrameError as error:
             log.warning("bad frame camera=%s seq=%d: %s", part.camera, part.key.seq, error)
-            self._settle(part.key, Verdict(Outcome.REJECT, Reason.BAD_FRAME))
-        else:
-            self.book.in_flight[part.key] = replace(
-                entry, captured_ns=frame.captured_ns, is_simulated=frame.is_simulated
-            )
-            self._start(frame, part.key, camera, now_ns)
+        if frame is not None:
+            entry = replace(entry, captured_ns=frame.captured_ns, is_simulated=frame.is_simulated)
+            # The engine may begin while the accept is written: what it finds is only heard by this loop, later.
+            verdict = self._start(frame, part.key, camera, now_ns)
+        self._accept(entry, admission.gap)
+        if verdict is not None:
+            self._settle(part.key, verdict, frame)
         return Answer(None)
 
     def _refuse(self, camera: str, refusal: Refusal, detail: str | None = None) -> Answer:
@@ -125,22 +127,21 @@ class Dispatcher:
         for piece in pieces:
             self._announce_missing(piece, now_ns)
 
-    def _start(self, frame: RawFrame, key: PartKey, camera: Camera, now_ns: int) -> None:
-        """Hand the frame to its engine, if there is one and the byte budget allows."""
+    def _start(self, frame: RawFrame, key: PartKey, camera: Camera, now_ns: int) -> Verdict | None:
+        """Hand the frame to its engine; the verdict where there is none, or the byte budget does not allow it."""
         product = frame.product or camera.product
         engine = self.engines.get(product)
         if engine is None:
-            self._settle(key, Verdict(Outcome.REJECT, Reason.NOT_READY))
-            return
+            return Verdict(Outcome.REJECT, Reason.NOT_READY)
         if camera.mode == "latest":
             self._supersede(key)
         self._make_room(frame.payload.nbytes)
         if self._used_bytes + frame.payload.nbytes > self._budget_bytes:
-            self._settle(key, Verdict(Outcome.REJECT, Reason.OVERLOAD), frame)
-            return
+            return Verdict(Outcome.REJECT, Reason.OVERLOAD)
         self._frames[key] = (frame, product)
         self._used_bytes += frame.payload.nbytes
         engine.submit(Job(key, frame, product, now_ns))
+        return None
 
     def _supersede(self, key: PartKey) -> None:
         """The newest frame of a camera overtakes the one that still waits."""

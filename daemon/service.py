@@ -112,7 +112,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
-        sys.setswitchinterval(0.0005)
+        sys.setswitchinterval(0.0001)
 
     # -- loop --------------------------------------------------------------------------------------
 
@@ -131,10 +131,11 @@ class Service:
             for ready, _ in poller.poll(self._wait_ms()):
                 if ready in serve:
                     self._serve_some(serve[ready])
-            for done in self._done.take():
-                self.dispatcher.on_done(done)
+            # Deadlines first: after a freeze of the whole process both are due, and the part is late.
             now_ns = time.monotonic_ns()
             self.dispatcher.on_time(now_ns)
+            for done in self._done.take():
+                self.dispatcher.on_done(done)
             self._beat(now_ns)
             self._look_around(now_ns)
             if self._is_hung(now_ns):

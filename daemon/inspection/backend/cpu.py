@@ -36,6 +36,8 @@ class CpuBackend:
         self._preprocessing = manifest.preprocessing
         self._bank = load_bank(bundle)
         self._grid = manifest.grid
+        self._input = np.empty((1, 3, *manifest.preprocessing.size), np.float32)
+        self._winners = np.empty((manifest.grid[0] * manifest.grid[1], self._bank["core"].shape[1]), np.float32)
         self._network, self._search = _compile(bundle.read(NETWORKS), self._bank, precision, threads)
         self._alpha_density = np.float32(manifest.alpha) * self._bank["density"]
         self._standardisation = manifest.fusion.standardisation["ldknn"]
@@ -45,7 +47,7 @@ class CpuBackend:
         self._columns = smoothing_operator(manifest.preprocessing.size[1], manifest.grid[1], sigma).T.copy()
 
     def preprocess(self, frame: Frame) -> Tensor:
-        return Tensor(normalise(frame, self._preprocessing))
+        return Tensor(normalise(frame, self._preprocessing, self._input))
 
     def features(self, tensor: Tensor) -> FloatArray:
         """Tap: the patch features (P C). The array is the network's own buffer, good until the next call."""
@@ -68,7 +70,9 @@ class CpuBackend:
     def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
         features = self.features(tensor)
         nearest = self.nearest()
-        difference = features - self._bank["core"][nearest]
+        # The indices come from the search over this very bank; `clip` only spares NumPy a buffer.
+        difference = np.take(self._bank["core"], nearest, axis=0, out=self._winners, mode="clip")
+        np.subtract(features, difference, out=difference)
         distance_sq = np.einsum("pc,pc->p", difference, difference)
         # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
         return None, PatchScores(distance_sq - self._alpha_density[nearest])
@@ -88,21 +92,24 @@ class CpuBackend:
         del self._network, self._search
 
 
-def normalise(frame: Frame, preprocessing: Preprocessing) -> FloatArray:
+def normalise(frame: Frame, preprocessing: Preprocessing, out: FloatArray | None = None) -> FloatArray:
     """(H W C) pixels of 8 or 16 bit -> (1 3 h w) float32: area-resized, then (x - mean) / std per channel.
 
-    16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels.
+    16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels. The
+    result is written to `out` where it is given.
     """
     height, width = preprocessing.size
     pixels = resize(frame.pixels, height, width)
     planes = pixels.reshape(height, width, -1).transpose(2, 0, 1)
-    values = np.empty((1, 3, height, width), np.float32)
+    values = np.empty((1, 3, height, width), np.float32) if out is None else out
     to_eight_bit = 1.0 / 257.0 if pixels.dtype == np.uint16 else 1.0
-    for channel in range(3):
-        scale = 1.0 / preprocessing.std[channel]
-        plane = planes[channel if len(planes) == 3 else 0]
-        np.multiply(plane, np.float32(to_eight_bit * scale), out=values[0, channel])
-        values[0, channel] -= np.float32(preprocessing.mean[channel] * scale)
+    scaling = [(mean, 1.0 / std) for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    for channel, (mean, scale) in enumerate(scaling):
+        if channel > 0 and len(planes) == 1 and scaling[channel] == scaling[0]:
+            values[0, channel] = values[0, 0]
+            continue
+        np.multiply(planes[channel % len(planes)], np.float32(to_eight_bit * scale), out=values[0, channel])
+        values[0, channel] -= np.float32(mean * scale)
     return values
 
 
