@@ -19,7 +19,7 @@ _BEGIN, _END = "<!-- measured:begin -->", "<!-- measured:end -->"
 def table() -> str:
     """The block between the marks, from line.json, accuracy.json and demo.json."""
     line, accuracy, demo = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("line", "accuracy", "demo"))
-    runs = {(run["precision"], run["threads"]): run for run in line["runs"]}
+    runs = {(run["precision"], run["threads"]): run for run in line["quietest"]}
     machine = line["machine"]
     rows = [("what", "measured"), ("---", "---")]
     for key in (("f32", 2), ("bf16", 2)):
@@ -45,7 +45,7 @@ def table() -> str:
     frame, network = _by(line["frameHw"]), _by(line["networkHw"])
     head = (
         f"{machine['processor']}, {machine['cores']} cores (shared). Frames of {frame}, network input {network}, "
-        f"{line['bankRows']} rows, through the encrypted sockets. Made by `python -m bench.tables` from "
+        f"{line['bankRows']} rows, through the encrypted sockets, the quietest of the rounds. Made by `python -m bench.tables` from "
         "[bench/results](bench/results), which say commit, versions and options."
     )
     return "\n".join([_BEGIN, head, "", *(f"| {left} | {right} |" for left, right in rows), _END])

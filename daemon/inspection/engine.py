@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from time import monotonic_ns
 
 from daemon.inspection.pipeline import Pipeline
@@ -66,7 +67,9 @@ class Engine:
         self._report = report
         self._fresh: OrderedDict[PartKey, Job] = OrderedDict()
         self._late: OrderedDict[PartKey, Job] = OrderedDict()
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        # One token a job, so that the thread sleeps in C: a Condition would hand two locks to and fro at each frame.
+        self._tokens: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._busy_since_ns: int | None = None
         self._thread = threading.Thread(target=self._work, name="inspectd-engine", daemon=True)
@@ -75,24 +78,24 @@ class Engine:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        with self._condition:
+        with self._lock:
             self._fresh[job.key] = job
-            self._condition.notify()
+        self._tokens.put(None)
 
     def withdraw(self, key: PartKey) -> bool:
         """Take a waiting frame out; False if it was not waiting (it is being inspected, or done)."""
-        with self._condition:
+        with self._lock:
             return (self._fresh.pop(key, None) or self._late.pop(key, None)) is not None
 
     def postpone(self, key: PartKey) -> None:
         """Let a waiting frame, whose verdict is out already, step behind every fresh one."""
-        with self._condition:
+        with self._lock:
             job = self._fresh.pop(key, None)
             if job is not None:
                 self._late[key] = job
 
     def oldest_late(self) -> PartKey | None:
-        with self._condition:
+        with self._lock:
             return next(iter(self._late), None)
 
     def busy_ms(self, now_ns: int) -> float:
@@ -102,9 +105,8 @@ class Engine:
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the frame at work and end the thread; False if it does not end in time."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
+        self._stopping = True
+        self._tokens.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -118,10 +120,11 @@ class Engine:
             self._report(Done(job.key, replace(verdict, timings=timings)))
 
     def _next(self) -> Job | None:
-        with self._condition:
-            while not (self._fresh or self._late or self._stopping):
-                self._condition.wait()
+        while True:
+            self._tokens.get()
             if self._stopping:
                 return None
-            waiting = self._fresh or self._late
-            return waiting.popitem(last=False)[1]
+            with self._lock:
+                waiting = self._fresh or self._late
+                if waiting:  # else its job was withdrawn
+                    return waiting.popitem(last=False)[1]

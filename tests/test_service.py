@@ -1,0 +1,96 @@
+"""What systemd sees and what stops a start: READY only after everything was asked, exit codes, clear words."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.bundles import install_bundle
+from tests.daemons import ROOT, make_site
+
+
+@pytest.fixture
+def listener(tmp_path):
+    """systemd's end of NOTIFY_SOCKET."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(str(tmp_path / "notify"))
+        datagrams.settimeout(20)
+        yield datagrams
+
+
+def test_systemd_hears_ready_watchdog_and_stopping_in_this_order(tmp_path, listener):
+    site = make_site(tmp_path / "site", tcp_curve=False)
+    site.environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+    site.start()
+    heard = ""
+    while "WATCHDOG=1" not in heard:
+        heard += listener.recv(4096).decode() + "\n"
+    assert heard.index("READY=1") < heard.index("WATCHDOG=1")
+    assert "STATUS=inspecting" in heard
+    assert site.stop() == 0
+    while "STOPPING=1" not in heard:
+        heard += listener.recv(4096).decode() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "told"),
+    [
+        (lambda site: (site.folder / "engines/part/1/bank.safetensors").write_bytes(b"x"), 78, "bank.safetensors"),
+        (lambda site: (site.folder / "engines/part/1/networks.onnx").unlink(), 78, "networks.onnx"),
+        (lambda site: (site.folder / "engines/part/current").unlink(), 78, "build_engines.py part"),
+        (lambda site: (site.folder / "keys/server.yaml").unlink(), 78, "inspectd keygen server"),
+        (lambda site: (site.folder / "keys/trusted.yaml").write_text("[]"), 78, "manifest.sig"),
+        (lambda site: site.config["backend"].update(kind="cuda"), 69, "cuda"),
+        (lambda site: site.config.update(deadline=3), 78, "deadline"),
+        (lambda site: (site.folder / "run").write_text("a file where a folder must be"), 70, "run"),
+    ],
+    ids=["bank changed", "network missing", "no engine", "no keys", "nobody trusted", "no GPU", "bad config", "no place"],
+)
+def test_a_start_that_cannot_be_says_why_and_never_ready(tmp_path, listener, spoil, code, told):
+    site = make_site(tmp_path / "site")
+    spoil(site)
+    site.environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+    site.start(wait=False)
+    assert site.process is not None
+    assert site.process.wait(30) == code, site.log
+    assert told in site.log
+    listener.settimeout(0.1)
+    heard = ""
+    with pytest.raises(TimeoutError):
+        while True:
+            heard += listener.recv(4096).decode()
+    assert "READY=1" not in heard
+
+
+def test_an_engine_whose_golden_frames_do_not_reproduce_does_not_start(tmp_path):
+    site = make_site(tmp_path / "site")
+
+    def lie(fields):
+        fields["golden"]["frames"][0]["score"] += 10.0
+
+    install_bundle(site.folder / "engines", site.folder / "keys", "part", version="2", change=lie)
+    (site.folder / "engines/part/current").unlink()
+    (site.folder / "engines/part/current").symlink_to("2")
+    site.start(wait=False)
+    assert site.process is not None
+    assert site.process.wait(30) == 78
+    assert "does not" in site.log
+    assert "reproduce the engine" in site.log
+
+
+def test_the_unit_file_is_one_that_systemd_takes(tmp_path):
+    import shutil
+
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    # The unit names the installed command; verify looks for it, so a copy points to one that exists here.
+    unit = (ROOT / "systemd/inspectd.service").read_text()
+    copy = tmp_path / "inspectd.service"
+    copy.write_text(unit.replace("/opt/inspectd/bin/inspectd", str(Path(shutil.which("true") or "/bin/true"))))
+    command = ["systemd-analyze", "verify", "--man=no", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "inspectd.service" in line]
+    assert complaints == []
