@@ -3,7 +3,8 @@
     python -m bench.line                 (an engine from rendered 300x300 parts, 256x256 input, 4,000 rows)
 
 Machines are shared and noisy: the settings take turns in `--rounds` rounds, every round is recorded, and
-`quietest` names for each setting the round with the lowest median. Writes bench/results/line.json. Nothing is timed while the line is wrong (adapters/bench.py refuses).
+`quietest` names for each setting the round with the lowest median. Writes bench/results/line.json.
+Nothing is timed while the line is wrong (adapters/bench.py refuses).
 """
 
 from __future__ import annotations

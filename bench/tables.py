@@ -45,8 +45,8 @@ def table() -> str:
     frame, network = _by(line["frameHw"]), _by(line["networkHw"])
     head = (
         f"{machine['processor']}, {machine['cores']} cores (shared). Frames of {frame}, network input {network}, "
-        f"{line['bankRows']} rows, through the encrypted sockets, the quietest of the rounds. Made by `python -m bench.tables` from "
-        "[bench/results](bench/results), which say commit, versions and options."
+        f"{line['bankRows']} rows, through the encrypted sockets, the quietest of the rounds. Made by "
+        "`python -m bench.tables` from [bench/results](bench/results), which say commit, versions and options."
     )
     return "\n".join([_BEGIN, head, "", *(f"| {left} | {right} |" for left, right in rows), _END])
 
