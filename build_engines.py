@@ -43,7 +43,7 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int)
 @click.option("--keys", type=_FOLDER, default=Path("keys"), help="Folder of the signing key; made where there is none.")
 @click.option("--branches", default="ldknn", callback=_check_only, help="What the engine looks with.")
 @click.option(
-    "--false-reject", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.01,
+    "--false-reject", type=click.FloatRange(0, 0.5, min_open=True), default=0.01,
     help="Share of good parts that may be rejected.",
 )  # fmt: skip
 @click.option("--size", default=256, callback=_check_size, help="Long side of the network's input, a multiple of 32.")

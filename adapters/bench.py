@@ -149,9 +149,12 @@ def _flood(line: Line, pictures: list[Picture], frames: int) -> float:
     """Send with two in flight; the seconds from the first send to the last verdict."""
     started = time.monotonic()
     open_parts: list[SentPart] = []
+    until = started + 60 + frames
     for seq in range(frames):
         open_parts.append(line.send(picture_frame(line, seq, pictures[seq % len(pictures)])))
         while len(open_parts) >= 2:
+            if time.monotonic() > until:
+                raise InspectError(f"no verdict on seq {open_parts[0].seq}; did the daemon end?")
             line.pump(0.5)
             open_parts = [part for part in open_parts if not part.results]
     _wait_for_all(line)

@@ -17,18 +17,21 @@ from daemon.config import Camera, Config
 from daemon.errors import FrameError
 from daemon.inspection.decode import lossless
 from daemon.inspection.engine import Done, Engine, Job
-from daemon.line.parts import Entry, Gap, PartBook, Stream
+from daemon.line.parts import Entry, Gap, PartBook
 from daemon.line.wire import FramePart, encode_result, missing_verdict
-from daemon.record.journal import Journal, Record
+from daemon.record.journal import Journal
 from daemon.record.metrics import Metrics
 from daemon.record.recorder import Recorder, Reject
+from daemon.records import accept_record, missing_record, skip_record, verdict_record
 from daemon.types import Header, Outcome, PartKey, RawFrame, Reason, Refusal, Verdict
 
 log = logging.getLogger("inspectd.dispatch")
 
+_FRAME_OVERHEAD_BYTES = 4096  # the objects around a payload
 _LATE_MARGIN_NS = 2_000_000  # the loop's clock has milliseconds, and the message has to leave
 _UNKNOWN_VALID_MS = 1000  # for parts of an earlier run whose camera is no longer configured
-_NOT_RECORDED = (Reason.OVERLOAD, Reason.SUPERSEDED, Reason.NOT_READY)  # a flood must not fill the disk
+# What comes in floods must neither fill the disk nor take the core that inference needs.
+_NOT_RECORDED = (Reason.OVERLOAD, Reason.SUPERSEDED, Reason.NOT_READY, Reason.LATE)
 
 
 class Announcer(Protocol):
@@ -79,11 +82,12 @@ class Dispatcher:
         camera = self._config.cameras.get(part.camera)
         if part.line != self._config.line or camera is None:
             return self._refuse("unknown", Refusal.BAD_HEADER, f"no camera {part.line}/{part.camera} is configured")
-        if self.refuses is not None:
-            return self._refuse(part.camera, self.refuses)
         admission = self.book.admit(part.key, owner)
         if admission.refusal is not None:
             return self._refuse(part.camera, admission.refusal, admission.detail)
+        if self.refuses is not None:
+            self._skip(part.key, admission.gap)
+            return self._refuse(part.camera, self.refuses)
         now_ns = monotonic_ns()
         entry = Entry(part.key, part.part_id, now_ns, now_ns + deadline_ns(camera.deadline_ms))
         frame: RawFrame | None = None
@@ -105,20 +109,17 @@ class Dispatcher:
         self._records.metrics.frames_refused.labels(camera, refusal.value).inc()
         return Answer(refusal, detail)
 
+    def _skip(self, key: PartKey, gap: Gap | None) -> None:
+        """Numbers that went by while nothing was inspected: no verdict, and no gap afterwards either."""
+        self._records.journal.write(skip_record(key, gap.first if gap else key.seq, time_ns()))
+
     def _accept(self, entry: Entry, gap: Gap | None) -> None:
         """Journal the accept and the gap before it in one write, then tell of the missing parts."""
         now_ns = time_ns()
         key = entry.key
         pieces = gap.pieces() if gap else []
-        accepted = {
-            "t": "accept",
-            "camera": key.camera,
-            "epoch": key.epoch,
-            "seq": key.seq,
-            "partId": entry.part_id,
-            "ns": now_ns,
-        }
-        self._records.journal.write(*(_missing_record(piece, now_ns) for piece in pieces), accepted)
+        missing = [missing_record(piece, now_ns) for piece in pieces]
+        self._records.journal.write(*missing, accept_record(entry, now_ns))
         self.book.open(entry)
         self._records.metrics.frames_accepted.labels(key.camera).inc()
         if gap:
@@ -135,12 +136,12 @@ class Dispatcher:
             return Verdict(Outcome.REJECT, Reason.NOT_READY)
         if camera.mode == "latest":
             self._supersede(key)
-        self._make_room(frame.payload.nbytes)
-        if self._used_bytes + frame.payload.nbytes > self._budget_bytes:
+        self._make_room(_cost(frame))
+        if self._used_bytes + _cost(frame) > self._budget_bytes:
             return Verdict(Outcome.REJECT, Reason.OVERLOAD)
         self._frames[key] = (frame, product)
-        self._used_bytes += frame.payload.nbytes
-        engine.submit(Job(key, frame, product, now_ns))
+        self._used_bytes += _cost(frame)
+        engine.submit(Job(key, frame, product, now_ns, now_ns + deadline_ns(camera.deadline_ms)))
         return None
 
     def _supersede(self, key: PartKey) -> None:
@@ -154,7 +155,8 @@ class Dispatcher:
         """Late frames that still wait for their score are given up before a fresh one is turned away."""
         for engine in self.engines.values():
             while self._used_bytes + wanted_bytes > self._budget_bytes and (late := engine.oldest_late()) is not None:
-                self._withdraw(late)
+                if self._withdraw(late) is None:
+                    break
 
     def _withdraw(self, key: PartKey) -> RawFrame | None:
         """Take a waiting frame back from its engine; None when it does not wait any more."""
@@ -167,12 +169,12 @@ class Dispatcher:
     def _release(self, key: PartKey) -> RawFrame | None:
         frame, _ = self._frames.pop(key, (None, ""))
         if frame is not None:
-            self._used_bytes -= frame.payload.nbytes
+            self._used_bytes -= _cost(frame)
         return frame
 
     def credit(self, frame_bytes: int) -> int:
         """How many more frames of this size the byte budget takes now."""
-        return max(0, self._budget_bytes - self._used_bytes) // max(frame_bytes, 1)
+        return max(0, self._budget_bytes - self._used_bytes) // (frame_bytes + _FRAME_OVERHEAD_BYTES)
 
     @property
     def used_bytes(self) -> int:
@@ -183,8 +185,8 @@ class Dispatcher:
     def on_done(self, done: Done) -> None:
         """An engine has judged: the verdict, or the late score of a part that has one already."""
         frame = self._release(done.key)
-        if not self._settle(done.key, done.verdict, frame):
-            self._announce_late(done)
+        if not self._settle(done.key, done.verdict, frame) and frame is not None:
+            self._announce_late(done, frame)
 
     def on_time(self, now_ns: int) -> None:
         """Whatever has reached its deadline is LATE now, whether its engine works on it or not."""
@@ -210,7 +212,7 @@ class Dispatcher:
         if entry is None:
             return False
         decided_ns = time_ns()
-        self._records.journal.write(_verdict_record(entry, verdict, decided_ns))
+        self._records.journal.write(verdict_record(entry, verdict, decided_ns))
         header = self._part_header(entry.key, entry.part_id, decided_ns)
         self._announcer.verdict(_permit_header(header, verdict), self._valid_ms(key.camera))
         # The total is taken as late as a message can carry it: behind the journal and the permit.
@@ -233,9 +235,10 @@ class Dispatcher:
         self._announcer.result(encode_result(self._topic("result", gap.camera), header, verdict))
         self._count(gap.camera, verdict, gap.count)
 
-    def _announce_late(self, done: Done) -> None:
+    def _announce_late(self, done: Done, frame: RawFrame) -> None:
         key = done.key
-        header = self._part_header(key, None, time_ns())
+        header = self._part_header(key, frame.part_id, time_ns())
+        header.update(capturedNs=frame.captured_ns, isSimulated=frame.is_simulated)
         self._announcer.result(encode_result(self._topic("late", key.camera), header, done.verdict))
 
     def _valid_ms(self, camera: str) -> int:
@@ -275,64 +278,15 @@ class Dispatcher:
         encode: Callable[[], tuple[str, bytes]] = lambda: lossless(frame)  # noqa: E731
         recorder.submit(Reject({**header, **facts}, frame.payload.nbytes, encode))
 
-    # -- state that outlives the process -----------------------------------------------------------
 
-    def snapshot(self) -> Record:
-        """All that a later run needs from the journal, as the first record of a segment."""
-        streams = {
-            camera: {"epoch": stream.epoch, "lastSeq": stream.last_seq, "retired": sorted(stream.retired)}
-            for camera, stream in self.book.streams.items()
-        }
-        pending = [[e.key.camera, e.key.epoch, e.key.seq, e.part_id] for e in self.book.in_flight.values()]
-        return {"t": "run", "run": self._run, "ns": time_ns(), "streams": streams, "pending": pending}
+def _cost(frame: RawFrame) -> int:
+    """What a waiting frame takes of the byte budget: a flood of tiny frames must not be free."""
+    return frame.payload.nbytes + _FRAME_OVERHEAD_BYTES
 
 
 def deadline_ns(deadline_ms: int) -> int:
     """From arrival to the moment LATE is said: a little before the deadline, so that it leaves by it."""
     return deadline_ms * 1_000_000 - min(_LATE_MARGIN_NS, deadline_ms * 100_000)
-
-
-def replay(records: list[Record]) -> PartBook:
-    """The book as an earlier run left it, from the records since its last snapshot. Owners are not kept."""
-    book = PartBook()
-    for record in records:
-        kind = record["t"]
-        if kind == "run":
-            book = PartBook(
-                {
-                    camera: Stream(state["epoch"], state["lastSeq"], set(state["retired"]))
-                    for camera, state in record["streams"].items()
-                }
-            )
-            for camera, epoch, seq, part_id in record["pending"]:
-                book.open(Entry(PartKey(camera, epoch, seq), part_id, 0, 0))
-            continue
-        key = PartKey(record["camera"], record["epoch"], record["seq"])
-        if kind == "accept":
-            book.admit(key, "")
-            book.open(Entry(key, record["partId"], 0, 0))
-        elif book.settle(key) is None:
-            # A gap, or a part whose accept was damaged: the stream has come as far as this all the same.
-            book.admit(replace(key, seq=record.get("seqTo", key.seq)), "")
-    for stream in book.streams.values():
-        stream.owner = None
-    return book
-
-
-def _missing_record(gap: Gap, now_ns: int) -> Record:
-    record = {"t": "verdict", "camera": gap.camera, "epoch": gap.epoch, "seq": gap.first, "partId": None, "ns": now_ns}
-    blank = {"outcome": Outcome.REJECT.value, "reason": Reason.MISSING.value}
-    return {**record, "seqTo": gap.last, **blank, "score": None, "limit": None, "pValue": None, "engine": None}
-
-
-def _verdict_record(entry: Entry, verdict: Verdict, now_ns: int) -> Record:
-    key = entry.key
-    return {
-        "t": "verdict", "camera": key.camera, "epoch": key.epoch, "seq": key.seq, "partId": entry.part_id, "ns": now_ns,
-        "outcome": verdict.outcome.value, "reason": verdict.reason.value if verdict.reason else None,
-        "score": verdict.score, "limit": verdict.limit, "pValue": verdict.p_value,
-        "engine": verdict.engine.digest if verdict.engine else None,
-    }  # fmt: skip
 
 
 def _permit_header(header: Header, verdict: Verdict) -> Header:

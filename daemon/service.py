@@ -7,11 +7,9 @@ that could refuse has been asked.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,19 +18,20 @@ from uuid import uuid4
 import zmq
 
 from daemon.config import Config
-from daemon.dispatch import Dispatcher, Records, replay
+from daemon.dispatch import Dispatcher, Records
 from daemon.errors import WireError
-from daemon.inspection.engine import DoneBox
+from daemon.inspection.engine import DoneBox, Engine
 from daemon.keys import Keyring, load_keyring
 from daemon.line.control import decode_request
 from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
 from daemon.line.ports import Message, Ports, receive
 from daemon.line.wire import decode_frame, decode_header, encode_answer, encode_header
-from daemon.loading import describe, open_engines
-from daemon.record.journal import Journal, last_run
+from daemon.loading import calm_the_interpreter, describe, open_engines
+from daemon.record.journal import Journal, hold_alone, last_run
 from daemon.record.metrics import Metrics, serve_metrics
 from daemon.record.recorder import Recorder
+from daemon.records import replay, snapshot
 from daemon.types import Header, Reason, Refusal
 from daemon.writer import Writer
 
@@ -76,43 +75,44 @@ class Service:
         config = self._config
         keyring = self._keyring()
         engines = open_engines(config, self._metrics, self._done.put)
-        book = replay(last_run(config.ledger.dir))
-        pending = list(book.in_flight)
+        self._closers.append(hold_alone(config.ledger.dir))
         self._ports = Ports(config, keyring, lambda reason: self._metrics.auth_denied.labels(reason).inc())
         self._closers.append(lambda: self._ports.close(_LINGER_MS))
         self._ports.prove_closed()
-        journal = Journal(config.ledger.dir)
-        recorder = Recorder(config.recorder.dir, int(config.recorder.keep_gb * 1e9)) if config.recorder else None
-        self._journal = journal
+        if config.metrics is not None:
+            self._closers.append(serve_metrics(self._metrics, config.metrics.address))
         self._desk = PermitDesk(self.run_id, describe(config, engines), config.permits.heartbeat_ms)
-        self.dispatcher = Dispatcher(config, self.run_id, book, Records(journal, self._metrics, recorder), self)
-        journal.begin(self.dispatcher.snapshot(), time.time_ns())
+        recovered = self._open_books(engines)
+        self._closers.append(lambda: [engine.stop(2) for engine in set(engines.values())])
+        for engine in set(engines.values()):
+            engine.start()
+        calm_the_interpreter()
+        self._set_state("RUNNING")
+        notify("READY=1", "STATUS=inspecting")
+        log.info("ready run=%s cameras=%s recovered_missing=%d", self.run_id, ",".join(config.cameras), recovered)
+
+    def _open_books(self, engines: dict[str, Engine]) -> int:
+        """Go on from where an earlier run ended: its parts without a verdict are MISSING. Returns how many."""
+        config = self._config
+        book = replay(last_run(config.ledger.dir))
+        pending = list(book.in_flight)
+        self._journal = journal = Journal(config.ledger.dir)
+        recorder = Recorder(config.recorder.dir, int(config.recorder.keep_gb * 1e9)) if config.recorder else None
+        dispatcher = Dispatcher(config, self.run_id, book, Records(journal, self._metrics, recorder), self)
+        dispatcher.engines = engines
+        journal.begin(snapshot(book, self.run_id), time.time_ns())
         self._closers.append(journal.close)
+        dispatcher.recover(pending)
+        # Only from here on may a stop speak for parts in flight: those of the earlier run have their verdict.
+        self.dispatcher = dispatcher
         writer = Writer(config, journal, recorder, self._metrics)
         writer.start()
         self._closers.append(lambda: writer.stop(10))
-        if config.metrics is not None:
-            self._closers.append(serve_metrics(self._metrics, config.metrics.address))
-        for engine in engines.values():
-            engine.start()
-        self._closers.append(lambda: [engine.stop(2) for engine in engines.values()])
-        self.dispatcher.engines = engines
-        self.dispatcher.recover(pending)
-        self._calm_the_interpreter()
-        self._set_state("RUNNING")
-        notify("READY=1", "STATUS=inspecting")
-        log.info("ready run=%s cameras=%s recovered_missing=%d", self.run_id, ",".join(config.cameras), len(pending))
+        return len(pending)
 
     def _keyring(self) -> Keyring | None:
         needed = any(endpoint.uses_curve for _, endpoint in self._config.endpoints())
         return load_keyring(self._config.security.keys) if needed else None
-
-    def _calm_the_interpreter(self) -> None:
-        """Keep the collector and the interpreter lock out of the way of deadlines."""
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
-        sys.setswitchinterval(0.0001)
 
     # -- loop --------------------------------------------------------------------------------------
 
@@ -149,6 +149,9 @@ class Service:
                     return
             except zmq.Again:
                 return
+            except Exception:
+                # One boundary for whatever a peer may send: its message is lost, nobody else's is.
+                log.exception("a message was dropped")
 
     def _wait_ms(self) -> int:
         """Until the next thing that has a time, at most _MOST_WAIT_MS."""
@@ -198,7 +201,12 @@ class Service:
         message = receive(self._ports.permits, routed=True)
         if message is None:
             return False
-        admitted = self._ports.doorman.admits(curve=self._config.permits.uses_curve, key=message.key, role="bridge")
+        admitted = self._ports.doorman.admits(
+            curve=self._config.permits.uses_curve,
+            key=message.key,
+            role="bridge",
+            topic=f"permit/{self._config.line}",
+        )
         try:
             header = decode_header(message.parts[-1]) if message.parts else {}
         except WireError as error:
@@ -272,7 +280,7 @@ class Service:
 
     def _look_around(self, now_ns: int) -> None:
         if self._journal.is_full:
-            self._journal.begin(self.dispatcher.snapshot(), time.time_ns())
+            self._journal.begin(snapshot(self.dispatcher.book, self.run_id), time.time_ns())
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
         self._metrics.permits_unacked.set(self._desk.unacked)
         self._metrics.permit_lease_seconds.set(self._desk.quietest_s(now_ns))

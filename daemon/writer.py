@@ -1,4 +1,4 @@
-"""The writer thread: brings the journal to disk, fills the ledger from it, records rejected frames.
+"""Off the loop: bring the journal to disk, fill the ledger from it, record rejected frames.
 
 Nothing here can stop inspection: what fails is logged, shown as a metric, and tried again.
 """
@@ -33,6 +33,7 @@ class Writer:
         self._stop = threading.Event()
         self._synced_s = monotonic()
         self._thread = threading.Thread(target=self._work, name="inspectd-writer", daemon=True)
+        self._syncer = threading.Thread(target=self._keep_syncing, name="inspectd-sync", daemon=True)
         metrics.journal_lag_seconds.set_function(lambda: monotonic() - self._synced_s)
         metrics.journal_fault.set_function(lambda: float(journal.fault is not None))
         if recorder is not None:
@@ -40,11 +41,13 @@ class Writer:
 
     def start(self) -> None:
         self._thread.start()
+        self._syncer.start()
 
     def stop(self, timeout_s: float) -> None:
         """A last round, then the end."""
         self._stop.set()
         self._thread.join(timeout_s)
+        self._syncer.join(timeout_s)
 
     def _work(self) -> None:
         ledger: Ledger | None = None
@@ -52,7 +55,6 @@ class Writer:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(SYNC_S)
-            self._sync()
             if self._recorder is not None:
                 self._recorder.write_waiting()
             round_number += 1
@@ -62,6 +64,12 @@ class Writer:
                 ledger = self._fill(ledger, forget=due)
         if ledger is not None:
             ledger.close()
+
+    def _keep_syncing(self) -> None:
+        """A thread of its own: encoding pictures or filling the ledger must not make a power cut cost more."""
+        while not self._stop.wait(SYNC_S):
+            self._sync()
+        self._sync()
 
     def _sync(self) -> None:
         try:

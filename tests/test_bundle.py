@@ -36,8 +36,7 @@ from daemon.bundle import (
 )
 from daemon.errors import BundleError, ConfigError, DeviceError
 from daemon.inspection.backend import open_backend
-from daemon.inspection.backend.cpu import load_bank
-from daemon.inspection.pipeline import load_calibration
+from daemon.inspection.tensors import load_bank, load_calibration
 from tests.bundles import install_bundle, make_bundle, open_trusted
 
 FILES = (NETWORKS, BANK, CALIBRATION, "golden/good.png", "golden/bad.png")

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from daemon.bundle import MANIFEST, seal_bundle
 from daemon.errors import BundleError, DeviceError, FrameError
 from daemon.inspection.backend import open_backend
-from daemon.inspection.backend.cpu import CpuBackend, load_bank, smoothing_operator
+from daemon.inspection.backend.cpu import CpuBackend, smoothing_operator
 from daemon.inspection.decode import decode, encoded_size
 from daemon.inspection.engine import Done, Engine, Job
 from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pictures, Pipeline
+from daemon.inspection.tensors import load_bank
 from daemon.inspection.verdict import MAX_REGIONS, decide, find_regions, p_value
 from daemon.keys import make_signing_key
 from daemon.types import (
@@ -257,6 +258,8 @@ def test_size_of_a_jpeg_is_found_behind_other_segments_and_fill_bytes(fill: byte
 
 
 # --- the backend against the references, stage by stage
+
+NEVER_NS = 2**62  # a deadline that no test reaches
 
 SIZE = (64, 96)
 GRID = (8, 12)
@@ -921,7 +924,7 @@ class Bench:
     def submit(self, *seqs: int) -> None:
         for seq in seqs:
             frame = replace(raw_frame(good_pixels(0, (4, 4))), seq=seq)
-            self.engine.submit(Job(key(seq), frame, "part", arrived_ns=0))
+            self.engine.submit(Job(key(seq), frame, "part", arrived_ns=0, deadline_ns=NEVER_NS))
 
     def begin(self) -> int:
         """Wait until a frame is at work."""
@@ -1055,7 +1058,28 @@ def test_real_pipeline_runs_on_the_engines_thread(made: Path) -> None:
     engine = Engine(open_pipeline(made / "plain", made / "keys"), reports.put)
     engine.start()
     for seq, pixels in enumerate([good_pixels(1), bad_pixels(1), good_pixels(2)]):
-        engine.submit(Job(key(seq), raw_frame(pixels, seq=seq), "part", arrived_ns=0))
+        engine.submit(Job(key(seq), raw_frame(pixels, seq=seq), "part", arrived_ns=0, deadline_ns=NEVER_NS))
     outcomes = [reports.get(timeout=GUARD_S).verdict.outcome for _ in range(3)]
     assert engine.stop(GUARD_S)
     assert outcomes == [Outcome.PASS, Outcome.REJECT, Outcome.PASS]
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\xd0", b"\xff\x01"])
+def test_jpeg_of_nothing_but_fill_bytes_is_given_up_after_a_few_steps(filling: bytes) -> None:
+    assert encoded_size(b"\xff\xd8" + filling * 2_000_000) is None
+
+
+def test_frame_that_cannot_be_judged_in_time_steps_behind_one_that_can() -> None:
+    """Else a queue as long as the deadline makes every frame late."""
+    order: list[int] = []
+
+    class Slow:
+        def inspect(self, raw: RawFrame, product: str) -> Verdict:
+            order.append(raw.seq)
+            return Verdict(Outcome.PASS, None)
+
+    engine = Engine(Slow(), lambda _done: None)  # type: ignore[arg-type]
+    for seq, deadline_ns in ((0, 1), (1, NEVER_NS), (2, 1), (3, NEVER_NS)):
+        engine.submit(Job(PartKey("cam1", "e", seq), raw_frame(good_pixels(), seq=seq), "part", 0, deadline_ns))
+    taken = [engine._next() for _ in range(4)]
+    assert [job.key.seq for job in taken if job is not None] == [1, 3, 0, 2]

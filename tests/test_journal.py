@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.config import parse_config
-from daemon.dispatch import Dispatcher, Records, replay
+from daemon.dispatch import Dispatcher, Records
 from daemon.line.parts import Entry, PartBook
 from daemon.record import journal as journal_module
 from daemon.record.journal import Journal, decode_record, encode_record, last_run, read_records, segments
 from daemon.record.metrics import Metrics
+from daemon.records import replay, snapshot
 from daemon.types import PartKey
 
 STATE: dict[str, Any] = {"t": "run", "run": "r1", "ns": 1, "streams": {}, "pending": []}
@@ -393,7 +394,7 @@ class History:
 
     def rotate(self) -> None:
         self.begun += 1
-        state = self.dispatcher.snapshot()
+        state = snapshot(self.dispatcher.book, "run")
         self.journal.begin(state, self.begun)
         self._note(state)
 

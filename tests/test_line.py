@@ -311,6 +311,7 @@ def test_a_part_past_its_deadline_is_late_and_its_score_follows(site):
         wait_for(line, lambda: bool(line.late))
         assert line.late[0]["seq"] == 0
         assert line.late[0]["score"] is not None
+        assert (line.late[0]["partId"], line.late[0]["capturedNs"]) == ("part-0", 1000)
         assert len(part.results) == 1
         after_each_the_line_goes_on(line)
 
@@ -329,6 +330,29 @@ def test_paused_frames_are_refused_and_the_bridge_sees_the_state(site):
         wait_for(line, lambda: line.lease.is_fresh(time.monotonic_ns()))
         line.parts.clear()
         settled(line, send(line, 1))
+
+
+def test_numbers_refused_while_paused_are_not_missing_afterwards(site):
+    with site.line("cam3") as line:
+        settled(line, send(line, 0))
+        site.run_command("pause")
+        try:
+            refused = [send(line, seq) for seq in (1, 3)]
+            assert [refusal(line, part) for part in refused] == ["PAUSED", "PAUSED"]
+        finally:
+            site.run_command("resume")
+        settled(line, send(line, 4))
+        settled(line, send(line, 6))
+        wait_for(line, lambda: bool(line.foreign))
+        assert [header["seq"] for header in line.foreign] == [5]
+        assert [part.results for part in refused] == [[], []]
+
+
+def test_a_header_made_to_break_the_daemon_is_a_bad_frame(line):
+    shape = [int("1" + "0" * 2200)] * 2
+    header = {"v": 1, "epoch": line.epoch, "seq": 0, **IMAGE, "shape": shape}
+    line.send_raw([b"frame/test/cam1", encode_header(header), b"x"])
+    wait_for(line, lambda: any(h["reason"] == "BAD_FRAME" for h in line.foreign))
 
 
 def test_a_push_sender_without_answers_gets_verdicts_all_the_same(site):

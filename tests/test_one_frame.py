@@ -7,8 +7,8 @@ import json
 import numpy as np
 
 from daemon.bundle import BANK
-from daemon.inspection.backend.cpu import load_bank
 from daemon.inspection.decode import decode
+from daemon.inspection.tensors import load_bank
 from daemon.inspection.verdict import decide
 from daemon.line.wire import decode_frame, encode_frame, encode_result
 from daemon.types import AnomalyMap, EngineId, Frame, Outcome, PatchScores, RawFrame, Reason, Tensor, Verdict

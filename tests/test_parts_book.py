@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from daemon.line.parts import MAX_SINGLE_MISSING, Admission, Entry, Gap, PartBook, Stream
+from daemon.line.parts import MAX_SINGLE_MISSING, MOST_RETIRED, Admission, Entry, Gap, PartBook, Stream
 from daemon.types import PartKey, Refusal
 
 
@@ -272,3 +272,12 @@ class Line(RuleBasedStateMachine):
 
 TestLine = Line.TestCase
 TestLine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_camera_that_starts_anew_for_ever_costs_no_more_memory() -> None:
+    book = PartBook()
+    for number in range(MOST_RETIRED + 50):
+        book.admit(PartKey("cam1", f"epoch-{number}", 0), "owner")
+    stream = book.streams["cam1"]
+    assert len(stream.retired) == MOST_RETIRED
+    assert book.admit(PartKey("cam1", f"epoch-{MOST_RETIRED}", 1), "owner").refusal is Refusal.DUPLICATE

@@ -145,8 +145,11 @@ def test_kill_nine_in_the_middle_of_a_stream_leaves_one_verdict_for_every_part(t
             send(line, seq)
         line.pump(round_number)
         site.kill()
+        before = line.run
         site.start()
-        assert pump_until(line, lambda: line.lease.is_fresh(time.monotonic_ns()), 15), "the bridge never came back"
+        # Both sockets must be back: the bridge's lease, and the new run's health on the results socket.
+        back = pump_until(line, lambda: line.run != before and line.lease.is_fresh(time.monotonic_ns()), 15)
+        assert back, "the line never came back"
         stream(line, range(100, 130), rate=100)
         assert pump_until(line, lambda: all(line.parts[seq].results for seq in range(100, 130)), 10)
         line.pump(300)

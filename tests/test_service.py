@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.bundles import install_bundle
+from tests.bundles import install_bundle, make_bundle
 from tests.daemons import ROOT, make_site
 
 
@@ -47,7 +48,16 @@ def test_systemd_hears_ready_watchdog_and_stopping_in_this_order(tmp_path, liste
         (lambda site: site.config.update(deadline=3), 78, "deadline"),
         (lambda site: (site.folder / "run").write_text("a file where a folder must be"), 70, "run"),
     ],
-    ids=["bank changed", "network missing", "no engine", "no keys", "nobody trusted", "no GPU", "bad config", "no place"],
+    ids=[
+        "bank changed",
+        "network missing",
+        "no engine",
+        "no keys",
+        "nobody trusted",
+        "no GPU",
+        "bad config",
+        "no place",
+    ],
 )
 def test_a_start_that_cannot_be_says_why_and_never_ready(tmp_path, listener, spoil, code, told):
     site = make_site(tmp_path / "site")
@@ -59,10 +69,31 @@ def test_a_start_that_cannot_be_says_why_and_never_ready(tmp_path, listener, spo
     assert told in site.log
     listener.settimeout(0.1)
     heard = ""
-    with pytest.raises(TimeoutError):
+    with suppress(TimeoutError):
         while True:
             heard += listener.recv(4096).decode()
     assert "READY=1" not in heard
+
+
+def test_a_bundle_of_two_products_serves_both_with_one_engine(tmp_path):
+    site = make_site(tmp_path / "site", tcp_curve=False)
+    engines = site.folder / "engines"
+    make_bundle(engines / "part" / "2", site.folder / "keys", products=("part", "other"), version="2")
+    (engines / "part/current").unlink()
+    (engines / "part/current").symlink_to("2")
+    site.start()
+    assert set(site.status()["engines"]) == {"part", "other"}
+    assert site.stop() == 0
+
+
+def test_a_second_daemon_on_the_same_books_is_turned_away(tmp_path):
+    site = make_site(tmp_path / "site", tcp_curve=False)
+    site.start()
+    second = site.run_command("run")
+    assert second.returncode == 78
+    assert f"pid {site.process.pid}" in second.stderr
+    assert site.status()["state"] == "RUNNING"
+    assert site.stop() == 0
 
 
 def test_an_engine_whose_golden_frames_do_not_reproduce_does_not_start(tmp_path):

@@ -146,7 +146,7 @@ def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]
     the images have little in common there is no aspect to keep, and the input is square.
     """
     aspects = sorted(math.log(height / width) for height, width in (picture.hw for picture in pictures))
-    tenth = len(aspects) // 10
+    tenth = max(len(aspects) // 10, 1 if len(aspects) > 2 else 0)
     if aspects[-1 - tenth] - aspects[tenth] > _COMMON_ASPECT:
         return long_side, long_side
     aspect = math.exp(median(aspects))

@@ -15,6 +15,7 @@ from daemon.errors import DataError, FrameError
 from daemon.types import Frame, PixelArray, RawFrame
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_MOST_SEGMENTS = 4096  # and fill bytes; a camera's JPEG has a dozen, a hostile one millions
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, all codings
 
 
@@ -83,7 +84,9 @@ def encoded_size(payload: memoryview | bytes) -> tuple[int, int] | None:
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
     """Walk the segments up to the start of frame."""
     position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
+    for _ in range(_MOST_SEGMENTS):
+        if position + 9 > len(data) or data[position] != 0xFF:
+            return None
         marker = data[position + 1]
         if marker in _JPEG_SIZE_MARKERS:
             height, width = struct.unpack(">HH", data[position + 5 : position + 9])

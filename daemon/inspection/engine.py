@@ -21,12 +21,13 @@ from daemon.types import PartKey, RawFrame, Verdict
 
 @dataclass(frozen=True)
 class Job:
-    """A frame to inspect, and when it arrived (monotonic clock)."""
+    """A frame to inspect; when it arrived and when its verdict is due (monotonic clock)."""
 
     key: PartKey
     frame: RawFrame
     product: str
     arrived_ns: int
+    deadline_ns: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Engine:
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._busy_since_ns: int | None = None
+        self._service_ns = 0  # how long the last frame took
         self._thread = threading.Thread(target=self._work, name="inspectd-engine", daemon=True)
 
     def start(self) -> None:
@@ -116,6 +118,7 @@ class Engine:
             started_ns = self._busy_since_ns = monotonic_ns()
             verdict = self.pipeline.inspect(job.frame, job.product)
             self._busy_since_ns = None
+            self._service_ns = monotonic_ns() - started_ns
             timings = replace(verdict.timings, queue_ms=(started_ns - job.arrived_ns) / 1e6)
             self._report(Done(job.key, replace(verdict, timings=timings)))
 
@@ -125,6 +128,17 @@ class Engine:
             if self._stopping:
                 return None
             with self._lock:
+                self._pass_over_the_hopeless()
                 waiting = self._fresh or self._late
                 if waiting:  # else its job was withdrawn
                     return waiting.popitem(last=False)[1]
+
+    def _pass_over_the_hopeless(self) -> None:
+        """Frames that cannot be judged in time step behind those that can: else, once the queue is a deadline
+        long, every frame would run out of time while it is at work."""
+        hopeless_ns = monotonic_ns() + self._service_ns
+        while self._fresh:
+            key, job = next(iter(self._fresh.items()))
+            if job.deadline_ns >= hopeless_ns:
+                return
+            self._late[key] = self._fresh.pop(key)

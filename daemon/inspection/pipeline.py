@@ -13,12 +13,12 @@ from time import perf_counter_ns
 
 import cv2
 import numpy as np
-from safetensors.numpy import load as load_tensors
 
-from daemon.bundle import CALIBRATION, Bundle
-from daemon.errors import BundleError, FrameError
+from daemon.bundle import Bundle
+from daemon.errors import FrameError
 from daemon.inspection.backend import Backend
 from daemon.inspection.decode import decode
+from daemon.inspection.tensors import load_calibration
 from daemon.inspection.verdict import decide, region_mask
 from daemon.types import (
     AnomalyMap,
@@ -110,7 +110,7 @@ class Pipeline:
             pictures["heatmap"] = _encode(".png", heat(anomaly, limits.map))
         if self._pictures.frame_on_reject and rejected:
             pictures["frame"] = bytes(raw.payload) if raw.encoding == "jpeg" else _encode(".jpg", for_display(frame))
-        return pictures
+        return {name: data for name, data in pictures.items() if data}
 
 
 def frame_size(frame: Frame) -> tuple[int, int]:
@@ -144,23 +144,12 @@ def for_display(frame: Frame) -> ByteArray:
 
 
 def _encode(extension: str, image: ByteArray) -> bytes:
-    done, data = cv2.imencode(extension, image)
-    if not done:
-        raise FrameError(f"OpenCV cannot encode a picture of shape {image.shape} as {extension}")
-    return data.tobytes()
-
-
-def load_calibration(bundle: Bundle) -> dict[str, list[float]]:
-    """The sorted calibration scores of each product. Raises BundleError."""
+    """b"" for what the format cannot hold (a JPEG has at most 65,500 pixels a side): a picture is no verdict."""
     try:
-        tensors = load_tensors(bundle.read(CALIBRATION))
-    except BundleError:
-        raise
-    except Exception as error:  # safetensors raises its own type, which it does not export
-        raise BundleError(f"{bundle.folder / CALIBRATION}: is not a safetensors file: {error}") from error
-    scores = {}
-    for product in bundle.manifest.products:
-        if product not in tensors or tensors[product].ndim != 1 or not len(tensors[product]):
-            raise BundleError(f"{bundle.folder / CALIBRATION}: has no scores for product {product!r}")
-        scores[product] = sorted(float(score) for score in tensors[product])
-    return scores
+        done, data = cv2.imencode(extension, image)
+    except cv2.error:
+        done = False
+    if not done:
+        log.warning("no picture: %s cannot hold shape %s", extension, image.shape)
+        return b""
+    return data.tobytes()

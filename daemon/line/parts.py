@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from daemon.types import PartKey, Refusal
 
+MOST_RETIRED = 1000  # a camera that starts anew a thousand times before an old sender comes back
 MAX_SINGLE_MISSING = 64  # a longer gap is told as one range
 
 
@@ -52,7 +53,7 @@ class Stream:
 
     epoch: str
     last_seq: int
-    retired: set[str] = field(default_factory=set)
+    retired: dict[str, None] = field(default_factory=dict)  # the newest MOST_RETIRED epochs, oldest first
     owner: str | None = None
 
 
@@ -88,7 +89,9 @@ class PartBook:
                 Refusal.DUPLICATE, f"epoch {key.epoch!r} was replaced by {stream.epoch!r}; start a new one"
             )
         if key.epoch != stream.epoch:
-            stream.retired.add(stream.epoch)
+            stream.retired[stream.epoch] = None
+            if len(stream.retired) > MOST_RETIRED:
+                del stream.retired[next(iter(stream.retired))]
             stream.epoch, stream.last_seq = key.epoch, key.seq
             return Admission()
         if key.seq <= stream.last_seq:

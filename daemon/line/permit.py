@@ -46,6 +46,7 @@ class PermitDesk:
         self._heartbeat_ns = heartbeat_ms * 1_000_000
         self._bridges: dict[bytes, _Bridge] = {}
         self._next_beat_ns = 0
+        self._next_resend_ns = 0
         self.state = "STARTING"
 
     def receive(self, bridge: bytes, header: Header, now_ns: int) -> list[Outgoing]:
@@ -81,7 +82,10 @@ class PermitDesk:
         for identity, bridge in list(self._bridges.items()):
             if now_ns - bridge.heard_ns > _FORGET_BRIDGE_MS * 1_000_000:
                 del self._bridges[identity]
-        outgoing = [item for identity in self._bridges for item in self._resend(identity, now_ns)]
+        outgoing: list[Outgoing] = []
+        if now_ns >= self._next_resend_ns:
+            self._next_resend_ns = now_ns + RESEND_MS * 1_000_000 // 5
+            outgoing = [item for identity in self._bridges for item in self._resend(identity, now_ns)]
         if now_ns >= self._next_beat_ns:
             self._next_beat_ns = now_ns + self._heartbeat_ns
             beat = {"type": "HEARTBEAT", "run": self._run, "state": self.state}

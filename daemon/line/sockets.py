@@ -23,7 +23,7 @@ from daemon.keys import Keyring, PeerFile, Role
 log = logging.getLogger("inspectd.sockets")
 
 _ZAP_DOMAIN = b"inspectd"
-_FRAMES_A_PEER = 16  # receive high-water mark: with MAXMSGSIZE this bounds what a peer can pile up
+_FRAMES_A_PEER = 4  # receive high-water mark: with MAXMSGSIZE this bounds what a peer can pile up
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000  # a peer whose cable was pulled is gone after this
 _SELF_TEST_MS = 2000
 

@@ -22,7 +22,8 @@ VERSION = 1
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TOPIC_BYTES = 256
 MAX_PIXELS = 1 << 27  # 134 megapixels: above every camera built, below what would fill the memory
-MAX_SEQ = 2**63 - 1  # what the ledger's integers hold
+MAX_SEQ = 2**53 - 1  # exact in every JSON reader, and sums of ranges stay within 64 bits
+MAX_NS = 2**63 - 1
 
 _BYTES_PER_PIXEL = {"Mono8": 1, "Mono16": 2, "RGB8": 3, "BGR8": 3, "BayerRG8": 1}
 PIXEL_FORMATS = tuple(_BYTES_PER_PIXEL)
@@ -50,9 +51,9 @@ class _Image(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    capturedNs: Seq
+    capturedNs: Annotated[int, Field(ge=0, le=MAX_NS)]
     encoding: Literal["raw", "jpeg", "png"]
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=3)]
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=MAX_PIXELS)]], Field(min_length=2, max_length=3)]
     pixelFormat: Literal["Mono8", "Mono16", "RGB8", "BGR8", "BayerRG8"]
     product: Name | None = None
     isSimulated: bool = False

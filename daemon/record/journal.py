@@ -8,13 +8,16 @@ the whole state, so that only the newest readable segment is needed to go on.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from daemon.errors import ConfigError
 
 log = logging.getLogger("inspectd.journal")
 
@@ -24,7 +27,7 @@ _PATTERN = "journal-*.log"
 
 
 class Journal:
-    """The writer. `write` is the loop's, `sync` the writer thread's; neither waits for the other."""
+    """The writer. `write` is the loop's, `sync` another thread's."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +53,9 @@ class Journal:
             return
         if self._descriptor >= 0:
             self._retired.append(self._descriptor)
-        self._descriptor, self._written, self._torn = descriptor, 0, False
+        self._descriptor, self._torn = descriptor, False
         self.write(state)
+        self._written = 0  # a large state must not make a new segment full at once
 
     @property
     def is_full(self) -> bool:
@@ -93,6 +97,28 @@ class Journal:
             self._retired.append(self._descriptor)
             self._descriptor = -1
         self.sync()
+
+
+def hold_alone(folder: Path) -> Callable[[], None]:
+    """Lock the folder for this process; returns what gives it back. Raises ConfigError if another one holds it.
+
+    ipc sockets can be taken over in silence, so this, not a bind, is what keeps a second daemon away.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ConfigError(
+            str(folder), [f"another process holds it (pid {holder}); is inspectd running already?"]
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file.close
 
 
 def encode_record(record: Record) -> bytes:

@@ -15,6 +15,8 @@ from typing import Any
 
 from daemon.record.journal import Record, read_records, segments
 
+SEGMENT_DAYS = 2
+MAX_INTEGER = 2**63 - 1
 _BATCH = 5000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS parts (
@@ -24,6 +26,10 @@ CREATE TABLE IF NOT EXISTS parts (
     PRIMARY KEY (camera, epoch, seq)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS parts_decided ON parts (decided_ns);
+CREATE TABLE IF NOT EXISTS skips (
+    camera TEXT NOT NULL, epoch TEXT NOT NULL, seq INTEGER NOT NULL, seq_to INTEGER NOT NULL, ns INTEGER,
+    PRIMARY KEY (camera, epoch, seq)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS conflicts (camera TEXT, epoch TEXT, seq INTEGER, first TEXT, second TEXT);
 CREATE TABLE IF NOT EXISTS place (
     one INTEGER PRIMARY KEY CHECK (one = 1), segment TEXT, offset INTEGER, damaged INTEGER
@@ -93,6 +99,8 @@ class Ledger:
                 "VALUES (:camera, :epoch, :seq, :seq, :partId, 1, :ns)",
                 record,
             )
+        elif record["t"] == "skip":
+            self._db.execute("INSERT OR IGNORE INTO skips VALUES (:camera, :epoch, :seq, :seqTo, :ns)", record)
         elif record["t"] == "verdict":
             self._take_verdict({"seqTo": record["seq"], **record})
 
@@ -135,10 +143,11 @@ class Ledger:
         return Audit(accepted, missing, verdicts, in_flight, int(damaged), faults)
 
     def _broken_chains(self) -> list[str]:
-        """Within a stream every seq from the first row to the last must be covered by exactly one row."""
+        """Within a stream every seq from the first row to the last must be covered by exactly one row or pause."""
         rows = self._db.execute(
             "SELECT camera, epoch, seq, before FROM (SELECT camera, epoch, seq, "
-            "lag(seq_to) OVER (PARTITION BY camera, epoch ORDER BY seq) AS before FROM parts) "
+            "lag(seq_to) OVER (PARTITION BY camera, epoch ORDER BY seq) AS before FROM "
+            "(SELECT camera, epoch, seq, seq_to FROM parts UNION ALL SELECT camera, epoch, seq, seq_to FROM skips)) "
             "WHERE before IS NOT NULL AND seq != before + 1 LIMIT 100"
         )
         return [
@@ -162,20 +171,30 @@ class Ledger:
         return [(str(c), str(o), r, int(n)) for c, o, r, n in self._db.execute(query)]
 
     def forget(self, keep_days: int) -> None:
-        """Delete rows and journal segments older than `keep_days`; the newest segment always stays."""
+        """Delete rows older than `keep_days`, and journal segments that the ledger took in days ago.
+
+        A journal is needed to start again (its newest segment) and to fill the ledger; two days more are kept for
+        whoever wants to look. The newest segment always stays.
+        """
         before_ns = time.time_ns() - keep_days * 86_400 * 10**9
         # Within a stream only what lies below the first young or undecided part may go: a hole would look like a loss.
-        self._db.execute(
-            "DELETE FROM parts AS old WHERE decided_ns < :before AND NOT EXISTS (SELECT 1 FROM parts AS kept "
-            "WHERE kept.camera = old.camera AND kept.epoch = old.epoch AND kept.seq < old.seq "
-            "AND (kept.decided_ns IS NULL OR kept.decided_ns >= :before))",
-            {"before": before_ns},
-        )
+        streams = self._db.execute("SELECT DISTINCT camera, epoch FROM parts").fetchall()
+        for stream in streams:
+            (kept,) = self._db.execute(
+                "SELECT min(seq) FROM parts WHERE camera = ? AND epoch = ? AND (decided_ns IS NULL OR decided_ns >= ?)",
+                (*stream, before_ns),
+            ).fetchone()
+            for table in ("parts", "skips"):
+                self._db.execute(
+                    f"DELETE FROM {table} WHERE camera = ? AND epoch = ? AND seq < ?",  # noqa: S608 - our own names
+                    (*stream, MAX_INTEGER if kept is None else kept),
+                )
         (current,) = self._db.execute("SELECT segment FROM place").fetchone() or ("",)
+        segments_before_ns = time.time_ns() - min(keep_days, SEGMENT_DAYS) * 86_400 * 10**9
         files = segments(self._folder)
         for path, follower in pairwise(files):
             # A segment may go when the one after it began before the limit and the ledger is past it.
-            if path.name < current and int(follower.stem.split("-")[1]) < before_ns:
+            if path.name < current and int(follower.stem.split("-")[1]) < segments_before_ns:
                 path.unlink()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from daemon import __version__
+from daemon.errors import ConfigError
 
 _STAGE_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -50,9 +51,12 @@ class Metrics:
 
 
 def serve_metrics(metrics: Metrics, address: tuple[str, int]) -> Callable[[], None]:
-    """Serve on `address`; returns what stops the server."""
+    """Serve on `address`; returns what stops the server. Raises ConfigError where the address cannot be had."""
     server: Any
-    server, thread = start_http_server(address[1], address[0], registry=metrics.registry)
+    try:
+        server, thread = start_http_server(address[1], address[0], registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError("metrics.bind", [f"{address[0]}:{address[1]} cannot be bound: {error.strerror}"]) from error
 
     def stop() -> None:
         server.shutdown()

@@ -97,9 +97,10 @@ class Recorder:
         """Delete the oldest files until what is left fits; what cannot be deleted is passed over."""
         if self._used_bytes <= self._keep_bytes:
             return
-        # Names begin with the time, so the sorted order is the order of recording.
+        # Names begin with the time, so the sorted order is the order of recording. A twentieth more than is needed
+        # goes, so that the folder is not looked through again with the next reject.
         for path in sorted(p for p in self._folder.rglob("*") if p.is_file()):
-            if self._used_bytes <= self._keep_bytes:
+            if self._used_bytes <= 0.95 * self._keep_bytes:
                 return
             try:
                 size = path.stat().st_size

@@ -1,7 +1,7 @@
 """The Backend protocol, and which implementation a machine gets.
 
 A backend turns a Frame into an AnomalyMap for one bundle. It owns every buffer it needs from the
-moment it is opened, is used by one thread, and says in `timings` how long its last stages took.
+moment it is opened and is used by one thread; what a stage returns is good until its next call.
 """
 
 from __future__ import annotations

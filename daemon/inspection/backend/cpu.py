@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 from openvino import opset13 as ops
-from safetensors.numpy import load as load_tensors
 
-from daemon.bundle import BANK, NETWORKS, Bundle, Preprocessing
-from daemon.errors import BundleError, DeviceError
+from daemon.bundle import NETWORKS, Bundle, Preprocessing
+from daemon.errors import DeviceError
+from daemon.inspection.tensors import load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor
 
 
@@ -149,25 +149,6 @@ def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
         mirrored = np.abs((pixels + offset + period) % period)
         np.add.at(gaussian, (pixels, np.where(mirrored < size, mirrored, period - mirrored)), weight)
     return (gaussian @ upsample).astype(np.float32)
-
-
-def load_bank(bundle: Bundle) -> dict[str, FloatArray]:
-    """core (M C), bias (M,) = -|m|^2 / 2, density (M,), checked against each other. Raises BundleError."""
-    path = bundle.folder / BANK
-    try:
-        tensors = load_tensors(bundle.read(BANK))
-    except Exception as error:  # safetensors raises its own type, which it does not export
-        if isinstance(error, BundleError):
-            raise
-        raise BundleError(f"{path}: is not a safetensors file: {error}") from error
-    missing = {"core", "bias", "density"} - set(tensors)
-    if missing:
-        raise BundleError(f"{path}: has no tensor {', '.join(sorted(missing))}")
-    rows = len(tensors["core"])
-    shapes = {name: tensors[name].shape for name in ("core", "bias", "density")}
-    if tensors["core"].ndim != 2 or shapes["bias"] != (rows,) or shapes["density"] != (rows,) or rows == 0:
-        raise BundleError(f"{path}: found shapes {shapes}, wanted core (M, C), bias (M,), density (M,)")
-    return {name: np.ascontiguousarray(tensors[name], np.float32) for name in shapes}
 
 
 def _compile(networks: bytes, bank: dict[str, FloatArray], precision: str, threads: int) -> tuple[Any, Any]:

@@ -1,0 +1,46 @@
+"""The arrays of a bundle, checked as they are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_tensors
+
+from daemon.bundle import BANK, CALIBRATION, Bundle
+from daemon.errors import BundleError
+from daemon.types import FloatArray
+
+
+def load_bank(bundle: Bundle) -> dict[str, FloatArray]:
+    """core (M C), bias (M,) = -|m|^2 / 2, density (M,), checked against each other. Raises BundleError."""
+    path = bundle.folder / BANK
+    tensors = _read(bundle, BANK)
+    missing = {"core", "bias", "density"} - set(tensors)
+    if missing:
+        raise BundleError(f"{path}: has no tensor {', '.join(sorted(missing))}")
+    rows = len(tensors["core"])
+    shapes = {name: tensors[name].shape for name in ("core", "bias", "density")}
+    if tensors["core"].ndim != 2 or shapes["bias"] != (rows,) or shapes["density"] != (rows,) or rows == 0:
+        raise BundleError(f"{path}: found shapes {shapes}, wanted core (M, C), bias (M,), density (M,)")
+    return {name: np.ascontiguousarray(tensors[name], np.float32) for name in shapes}
+
+
+def load_calibration(bundle: Bundle) -> dict[str, list[float]]:
+    """The sorted calibration scores of each product. Raises BundleError."""
+    tensors = _read(bundle, CALIBRATION)
+    scores = {}
+    for product in bundle.manifest.products:
+        if product not in tensors or tensors[product].ndim != 1 or not len(tensors[product]):
+            raise BundleError(f"{bundle.folder / CALIBRATION}: has no scores for product {product!r}")
+        scores[product] = sorted(float(score) for score in tensors[product])
+    return scores
+
+
+def _read(bundle: Bundle, name: str) -> dict[str, Any]:
+    data = bundle.read(name)
+    try:
+        tensors: dict[str, Any] = load_tensors(data)
+    except Exception as error:  # safetensors raises its own type, which it does not export
+        raise BundleError(f"{bundle.folder / name}: is not a safetensors file: {error}") from error
+    return tensors
