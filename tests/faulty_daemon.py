@@ -15,7 +15,7 @@ from daemon.inspection.backend.cpu import CpuBackend
 from daemon.types import AnomalyMap, Frame, PatchScores, Repaired, Tensor
 
 SLOW, THROW, NOT_A_NUMBER, HANG = 1, 2, 3, 4
-SLOW_S = 0.6
+SLOW_S = 0.8
 
 
 class FaultyBackend(CpuBackend):

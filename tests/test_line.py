@@ -243,7 +243,10 @@ def test_beyond_the_byte_budget_every_frame_cameras_get_overload(site):
 
 @on_latest_camera
 def test_in_mode_latest_a_newer_frame_supersedes_the_waiting_one(line):
-    parts = [send(line, 0, ordered(SLOW)), *(send(line, seq) for seq in range(1, 5))]
+    slow = send(line, 0, ordered(SLOW))
+    wait_for(line, lambda: slow.answer is not None)
+    line.pump(200)  # the engine has taken it up, and is at it for as long again and longer
+    parts = [slow, *(send(line, seq) for seq in range(1, 5))]
     verdicts = [settled(line, part) for part in parts]
     assert [v["reason"] for v in verdicts] == [None, "SUPERSEDED", "SUPERSEDED", "SUPERSEDED", None]
 
