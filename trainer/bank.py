@@ -23,7 +23,9 @@ from daemon.types import FloatArray
 from trainer.dataset import Picture, read_frame
 from trainer.progress import track
 
-_MOST_CANDIDATES = 60_000  # rows that the coreset is chosen from; the density still sees all N
+# Rows that the coreset is chosen from; the density still sees all N. 60,000 would save 8 s on 300 images, and lost the
+# rare normal patches: 0.5 points of image AUROC on magnetic_tile.
+_MOST_CANDIDATES = 400_000
 _PROJECTED = 128  # REB's; 64 saves 0.3 s and leaves a wider radius
 _START_POINTS = 10
 _WORKING_SET = 1024
