@@ -96,7 +96,7 @@ def _one_thread() -> Iterator[None]:
 def choose_core(full: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
     """Indices (M,) into the full set (N C), in the order chosen; all N where there are no more than `rows`.
 
-    Distances are taken on a random Gaussian projection, among at most 60,000 rows drawn at random.
+    Distances are taken on a random Gaussian projection, among at most 400,000 rows drawn at random.
     """
     if len(full) <= rows:
         return torch.arange(len(full))
