@@ -33,7 +33,7 @@ def table() -> str:
         ]
     rows += [
         (f"build from {line['goodImages']} images", f"{line['buildSeconds']} s"),
-        *(_accuracy_row(name, result) for name, result in accuracy["sets"].items()),
+        *(_accuracy_row(name, result, accuracy["options"]) for name, result in accuracy["sets"].items()),
         ("solar cells (the demo): image AUROC", f"{demo['imageAuroc']:.3f}"),
         (
             "solar cells: false rejects / promised bound",
@@ -51,10 +51,10 @@ def table() -> str:
     return "\n".join([_BEGIN, head, "", *(f"| {left} | {right} |" for left, right in rows), _END])
 
 
-def _accuracy_row(name: str, result: dict[str, Any]) -> tuple[str, str]:
+def _accuracy_row(name: str, result: dict[str, Any], options: dict[str, Any]) -> tuple[str, str]:
     image, pixel = result["imageAuroc"], result["pixelAuroc"]
     return (
-        f"{name}: image / pixel AUROC, mean and spread of three seeds",
+        f"{name}, {options['coreset']} rows: image / pixel AUROC, mean and spread of three seeds",
         f"{image['mean']:.3f} ± {image['std']:.3f} / {pixel['mean']:.3f} ± {pixel['std']:.3f}",
     )
 
