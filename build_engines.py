@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from trainer import build
+from trainer.draft import open_draft, with_limit
 from trainer.site import Options, open_site, publish, run_command
 
 _FOLDER = click.Path(path_type=Path)
@@ -27,7 +28,16 @@ def _check_only(_context: click.Context, parameter: click.Parameter, value: str)
     return value
 
 
-def _check_size(_context: click.Context, _parameter: click.Parameter, size: int) -> int:
+def _check_branches(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(value.split(",")))
+    if not set(names) <= {"ldknn", "repair"}:
+        raise click.BadParameter(f"found {value!r}, wanted ldknn, repair, or both with a comma between")
+    return tuple(sorted(names))
+
+
+def _check_size(_context: click.Context, _parameter: click.Parameter, size: int | None) -> int | None:
+    if size is None:
+        return None
     if size % 32 or not 32 <= size <= 8192:
         raise click.BadParameter(f"found {size}, wanted a multiple of 32 from 32 to 8192")
     return size
@@ -41,15 +51,24 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int)
 @click.option("--test", type=_FOLDER, help="Labelled folder (test/good, test/<defect>, ground_truth) to report on.")
 @click.option("--out", type=_FOLDER, default=Path("engines"), help="Where NAME/<version> is written.")
 @click.option("--keys", type=_FOLDER, default=Path("keys"), help="Folder of the signing key; made where there is none.")
-@click.option("--branches", default="ldknn", callback=_check_only, help="What the engine looks with.")
+@click.option("--textures", type=_FOLDER, help="Folder of pictures that synthetic defects may be filled with.")
+@click.option("--preview", type=_FOLDER, help="Only write a PNG of synthetic defects on these parts, and end.")
+@click.option("--branches", default="ldknn,repair", callback=_check_branches, help="What the engine looks with.")
 @click.option(
     "--false-reject", type=click.FloatRange(0, 0.5, min_open=True), default=0.01,
     help="Share of good parts that may be rejected.",
 )  # fmt: skip
-@click.option("--size", default=256, callback=_check_size, help="Long side of the network's input, a multiple of 32.")
-@click.option("--k", type=click.IntRange(1), default=9, help="Neighbours of the local density.")
-@click.option("--alpha", type=click.FloatRange(0, 100), default=0.25, help="Weight of the density; 0 is plain 1-NN.")
-@click.option("--coreset", type=click.IntRange(1), default=4000, help="Rows of the memory bank.")
+@click.option("--budget-ms", type=click.FloatRange(0, min_open=True), default=30.0, help="Time a frame may take.")
+@click.option(
+    "--budget", type=click.FloatRange(0), default=3.0, help="Minutes to choose settings and to train; 0: neither."
+)
+@click.option("--steps", type=click.IntRange(0), help="Train exactly so many steps instead: the build can be repeated.")
+@click.option(
+    "--size", callback=_check_size, help="Long side of the network's input, a multiple of 32.  [chosen]", type=int
+)
+@click.option("--k", type=click.IntRange(1), help="Neighbours of the local density.  [chosen]")
+@click.option("--alpha", type=click.FloatRange(0, 100), help="Weight of the density; 0 is plain 1-NN.  [chosen]")
+@click.option("--coreset", type=click.IntRange(1), help="Rows of the memory bank.  [chosen]")
 @click.option("--backbone", default="efficientnet-lite0", help="Feature network: this one, or a name that timm knows.")
 @click.option("--weights", type=_FOLDER, help="Weights of the backbone (a state dict), instead of the packaged ones.")
 @click.option("--targets", default="cpu", callback=_check_only, help="What the engine runs on.")
@@ -58,20 +77,26 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int)
 def main(**fields: Any) -> None:
     """Build an engine NAME from good images alone and print the bundle's folder."""
     options = Options(**fields)
+    if options.preview is not None:
+        build.preview(options)
+        return
     with open_site(options) as site:
         splits = build.read_images(options)
-        draft = build.make_network(options, site, splits)
+        chosen = build.choose_settings(options, site, splits)
+        draft = build.make_network(site, splits, chosen)
         draft = build.make_bank(options, site, splits, draft)
+        draft = build.train_repair(options, site, splits, chosen, draft)
         draft = build.find_scale(options, site, splits, draft)
-        pipeline = build.open_draft(options, site, draft)
-        scores = build.score_good(pipeline, splits)
+        draft = build.weigh_branches(options, site, splits, draft)
+        pipeline = open_draft(options, site, draft)
+        scores = build.score_good(options, site, splits, draft, pipeline)
         draft = build.set_limit(options, draft, scores)
-        pipeline = build.with_limit(options, site, draft, scores, pipeline)
+        pipeline = with_limit(options, site, draft, scores, pipeline)
         doubts = build.find_doubts(splits, draft, scores)
         draft = build.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
         evaluation = build.judge_test(options, pipeline)
         build.write_report(
-            options, site, splits, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
+            options, site, splits, chosen, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
         )
         build.seal(options, site, draft, build.describe_training(options, site, splits), evaluation)
         click.echo(publish(site))

@@ -41,6 +41,7 @@ def main(frames: int, rounds: int, good: int) -> None:
         place = Path(name)
         write_dataset(place / "parts", good_train=good, good_test=40, defects_each=1, size_hw=SIZE_HW)
         command = [sys.executable, str(ROOT / "build_engines.py"), "part", "--good", str(place / "parts/train/good")]
+        command += ["--budget", "0"]  # fixed settings and one branch: the same work on every machine
         started = time.monotonic()
         subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
         build_seconds = time.monotonic() - started

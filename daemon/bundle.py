@@ -49,7 +49,9 @@ class Preprocessing(_Strict):
     mean: tuple[Finite, Finite, Finite]
     std: tuple[Positive, Positive, Positive]
     roi: None = None
-    tiles: Literal["none"] = "none"
+    # The next two are done inside networks.onnx; they stand here for people.
+    tiles: Literal["none", "2x2"] = "none"  # 2x2: the network sees four quarters of `size`, side by side
+    exposure: Literal["as-is", "levelled"] = "as-is"  # levelled: every frame is brought to one mean brightness
 
 
 class Standardisation(_Strict):
@@ -102,7 +104,7 @@ class Manifest(_Strict):
     version: str
     created: str
     preprocessing: Preprocessing
-    branches: Annotated[list[Literal["ldknn"]], Field(min_length=1)]
+    branches: Annotated[list[Literal["ldknn", "repair"]], Field(min_length=1, max_length=2)]
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     k: Annotated[int, Field(ge=1)]
     alpha: Finite
@@ -117,7 +119,8 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _is_complete(self) -> Manifest:
-        wanted = {NETWORKS, BANK, CALIBRATION} | {frame.file for frame in self.golden.frames}
+        wanted = {NETWORKS, CALIBRATION} | {frame.file for frame in self.golden.frames}
+        wanted |= {BANK} if "ldknn" in self.branches else set()
         problems = [f"files: {name} is not listed" for name in sorted(wanted - set(self.files))]
         problems += [
             f"files: {name!r} is not a plain path inside the bundle" for name in self.files if not _is_plain(name)

@@ -86,9 +86,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Repaired:
-    """The repair branch's residual map, (h w), not negative; None where the bundle has no such branch."""
+    """The repair branch's scores, (P,): how far each patch is from its repaired self; not negative."""
 
-    residual: FloatArray
+    values: FloatArray
 
 
 @dataclass(frozen=True)

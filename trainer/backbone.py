@@ -109,7 +109,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class PatchFeatures(nn.Module):
-    """Backbone maps -> patch features (P C), row-major over the stride-8 grid.
+    """Image (B 3 h w) -> patch features (B C gh gw) on the stride-8 grid.
 
     Each map is averaged over 3x3 patches, the coarse one is brought to the fine grid bilinearly, and the
     channels are joined (the reading of REB, section 3.4, that mixes no neighbouring channels).
@@ -124,8 +124,7 @@ class PatchFeatures(nn.Module):
         grid = maps[0].shape[-2:]
         joined = [maps[0]]
         joined += [F.interpolate(m, size=grid, mode="bilinear", align_corners=False) for m in maps[1:]]
-        features = torch.cat(joined, dim=1)  # (1 C gh gw)
-        return features.flatten(2).squeeze(0).transpose(0, 1)  # (P C)
+        return torch.cat(joined, dim=1)
 
 
 def load_backbone(name: str = "efficientnet-lite0", weights: Path | None = None) -> Backbone:

@@ -12,16 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-import openvino as ov
 import torch
 
-from daemon.bundle import Preprocessing
-from daemon.errors import DeviceError, UsageError
-from daemon.inspection.backend.cpu import normalise
+from daemon.errors import UsageError
 from daemon.types import FloatArray
-from trainer.dataset import Picture, read_frame
-from trainer.progress import track
 
 # Rows that the coreset is chosen from; the density still sees all N. 60,000 would save 8 s on 300 images, and lost the
 # rare normal patches: 0.5 points of image AUROC on magnetic_tile.
@@ -47,34 +41,13 @@ class Bank:
         return {"core": self.core, "bias": self.bias, "density": self.density}
 
 
-def extract_features(
-    networks: bytes, pictures: Sequence[Picture], preprocessing: Preprocessing, threads: int
-) -> FloatArray:
-    """All patch features (N C) of the pictures, in order, from the exported network in f32.
-
-    Raises DeviceError if OpenVINO fails, DataError if a picture cannot be read any more.
-    """
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    try:
-        core = ov.Core()
-        request = core.compile_model(core.read_model(networks), "CPU", options).create_infer_request()
-        patches, channels = request.get_output_tensor(0).shape
-        features = np.empty((len(pictures), patches, channels), np.float32)
-        for row, picture in enumerate(track(pictures, "features of the training images")):
-            request.infer([normalise(read_frame(picture.path), preprocessing)], share_inputs=True)
-            features[row] = request.get_output_tensor(0).data
-    except RuntimeError as error:
-        raise DeviceError(f"OpenVINO cannot run the feature network: {error}") from error
-    return features.reshape(-1, channels)
-
-
 def make_bank(features: FloatArray, *, rows: int, neighbours: int, threads: int, seed: int) -> Bank:
     """Thin the full set (N C) to `rows` and measure each kept row's density among all N.
 
     Raises UsageError where the set has too few rows for `neighbours`.
     """
     full = torch.from_numpy(features)
-    with _one_thread():
+    with one_thread():
         kept = choose_core(full, rows, seed)
         density = local_density(full, kept, neighbours, threads)
     core = full[kept]
@@ -83,7 +56,7 @@ def make_bank(features: FloatArray, *, rows: int, neighbours: int, threads: int,
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """torch's threads wait for each other after every block: on a busy machine that took ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -174,17 +147,29 @@ def _shorten(
 def local_density(full: torch.Tensor, kept: torch.Tensor, neighbours: int, threads: int = 1) -> torch.Tensor:
     """Mean squared distance (M,) from each kept row to its K nearest rows of the full set (N C).
 
-    The row itself is left out by its index, so that an equal row elsewhere counts with distance 0 (REB's
-    code drops the first hit only where its distance is exactly 0). Raises UsageError unless 1 <= K < N.
+    Raises UsageError unless 1 <= K < N.
     """
-    if not 1 <= neighbours < len(full):
-        raise UsageError(f"found k = {neighbours} for {len(full)} training patches, wanted 1 to {len(full) - 1} (--k)")
+    return local_densities(full, kept, [neighbours], threads)[:, 0]
+
+
+def local_densities(
+    full: torch.Tensor, kept: torch.Tensor, neighbours: Sequence[int], threads: int = 1
+) -> torch.Tensor:
+    """`local_density` for several K at the cost of the largest, (M, len(neighbours)).
+
+    The row itself is left out by its index, so that an equal row elsewhere counts with distance 0 (REB's
+    code drops the first hit only where its distance is exactly 0).
+    """
+    most = max(neighbours)
+    if not 1 <= min(neighbours) <= most < len(full):
+        raise UsageError(f"found k = {most} for {len(full)} training patches, wanted 1 to {len(full) - 1} (--k)")
     with ThreadPoolExecutor(threads) as pool:
-        return torch.cat(list(pool.map(lambda part: _part_density(full, part, neighbours), kept.chunk(threads))))
+        nearest = torch.cat(list(pool.map(lambda part: _part_nearest(full, part, most), kept.chunk(threads))))
+    return torch.stack([nearest[:, :count].mean(1) for count in neighbours], dim=1)
 
 
-def _part_density(full: torch.Tensor, kept: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """`local_density` of some of the kept rows.
+def _part_nearest(full: torch.Tensor, kept: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Squared distances (M K), ascending, of some of the kept rows to their nearest.
 
     The search ranks by q.m - |m|^2 / 2, which cancels for near rows; the best K and a few more are then
     measured from the vectors themselves.
@@ -205,12 +190,7 @@ def _part_density(full: torch.Tensor, kept: torch.Tensor, neighbours: int) -> to
         indices = torch.cat([places, found.indices + start], dim=1)
         best, order = values.topk(wanted, dim=1)
         places = indices.gather(1, order)
-    return _mean_nearest(full, core, places, neighbours)
-
-
-def _mean_nearest(full: torch.Tensor, core: torch.Tensor, places: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Distances from core (M C) to full[places] without cancellation; the mean of the K smallest, (M,)."""
     distances = torch.empty(places.shape)
-    for column in range(places.shape[1]):
+    for column in range(wanted):
         distances[:, column] = full[places[:, column]].sub_(core).square_().sum(1)
-    return distances.topk(neighbours, dim=1, largest=False).values.mean(1)
+    return distances.topk(neighbours, dim=1, largest=False, sorted=True).values

@@ -6,7 +6,7 @@ run on a draft: a bundle that is all there except for what the step at hand is a
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as library_version
@@ -18,7 +18,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from daemon import __version__, bundle
-from daemon.bundle import BANK, CALIBRATION, NETWORKS, GoldenFrame, Manifest, Preprocessing, Product, Standardisation
+from daemon.bundle import BANK, NETWORKS, Preprocessing
+from daemon.errors import UsageError
 from daemon.inspection.backend import open_backend
 from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pipeline
@@ -26,31 +27,30 @@ from daemon.types import FloatArray
 from trainer import calibrate, dataset
 from trainer.calibrate import GoodScores
 from trainer.dataset import Picture, Splits
-from trainer.golden import TOLERANCE, pick_golden, write_golden
+from trainer.draft import Draft, manifest_fields, open_draft
+from trainer.golden import pick_golden, write_golden
 from trainer.progress import say, track, warn
+from trainer.schedule import Schedule
+from trainer.settings import FEW_IMAGES, Settings
 from trainer.site import Options, Site
 
 if TYPE_CHECKING:
+    from trainer.backbone import Backbone
+    from trainer.choose import Choice
     from trainer.evaluate import Evaluation
 
 _LIBRARIES = ("torch", "onnx", "openvino", "numpy", "opencv-python-headless")
-_BRANCH = "ldknn"
-_NOT_STANDARDISED = Standardisation(centre=0.0, scale=1.0)
-_NO_LIMIT = Product(
-    limit=1e30, mapLimit=1e30, targetFalseReject=0.5, supportedFalseReject=0.5, n=1, bound95=1.0, medianGood=0.0
-)
+_CHOICE_SHARE = 0.4  # of the budget
+_SHORTEST_TRAINING_S = 15.0
+_PREVIEWED = 24  # images
 
 
 @dataclass(frozen=True)
-class Draft:
-    """What is known of the engine so far; the defaults stand in for what is not."""
+class Chosen:
+    """The backbone, and what was chosen for it."""
 
-    preprocessing: Preprocessing
-    grid: tuple[int, int]
-    standardisation: Standardisation = _NOT_STANDARDISED
-    product: Product = _NO_LIMIT
-    golden: tuple[GoldenFrame, ...] = ()
-    bank_rows: int = 0
+    backbone: Backbone
+    choice: Choice
 
 
 def read_images(options: Options) -> Splits:
@@ -60,49 +60,150 @@ def read_images(options: Options) -> Splits:
     return splits
 
 
-def make_network(options: Options, site: Site, splits: Splits) -> Draft:
-    """Choose the input size and export the backbone."""
+def preview(options: Options) -> None:
+    """Write the contact sheet of synthetic defects on these parts, and build nothing."""
+    from trainer.branch import load_textures
+    from trainer.corruption import FILLS, SHAPES, Corruptor, Recipe, estimate_foreground, write_preview
+    from trainer.features import read_pixels
+
+    pictures, _ = dataset.scan(options.good, options.threads)
+    size = dataset.network_size(pictures, options.size or Settings().long_side)
+    plain = Preprocessing(size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    images = [read_pixels(picture, plain) for picture in pictures[:_PREVIEWED]]
+    textures = load_textures(options.textures)
+    recipe = Recipe(tuple(SHAPES), tuple(fill for fill in FILLS if textures or fill != "texture"))
+    corruptor = Corruptor(images, recipe, textures=textures, foreground=estimate_foreground(images))
+    write_preview(options.preview or Path("preview.png"), corruptor, np.random.default_rng(options.seed))
+    say(f"synthetic defects on {len(images)} images: {options.preview}")
+
+
+def choose_settings(options: Options, site: Site, splits: Splits) -> Chosen:
+    """Load the backbone and choose what the command line leaves open."""
     import torch
 
+    from trainer import choose
     from trainer.backbone import load_backbone
-    from trainer.export import export_network
 
     torch.set_num_threads(options.threads)
     backbone = load_backbone(options.backbone, options.weights)
-    size = dataset.network_size(splits.train, options.size)
-    grid = export_network(backbone, size, site.folder / NETWORKS)
+    wishes = choose.Wishes(
+        options.size, options.k, options.alpha, options.coreset, options.budget_ms, "repair" in options.branches
+    )
+    if options.steps is None and options.budget == 0:
+        return Chosen(backbone, choose.Choice(wishes.defaults(), "the defaults: --budget 0 leaves no time to choose"))
+    seconds = math.inf if options.steps is not None else _CHOICE_SHARE * 60.0 * options.budget - site.elapsed_s
+    choice = choose.choose(backbone, splits, wishes, threads=options.threads, seed=options.seed, seconds=seconds)
+    say(f"settings: {choose.in_words(choice.settings)} ({choice.reason})")
+    return Chosen(backbone, choice)
+
+
+def make_network(site: Site, splits: Splits, chosen: Chosen) -> Draft:
+    """Export the feature network at the chosen input."""
+    from trainer.export import EngineNetwork, export_network
+
+    settings, backbone = chosen.choice.settings, chosen.backbone
+    size = dataset.network_size(splits.train, settings.long_side)
+    grid = export_network(EngineNetwork(backbone, settings.view), size, site.folder / NETWORKS)
     say(f"network: {backbone.name}, input {size[1]} x {size[0]}, {grid[0] * grid[1]} patches")
-    return Draft(Preprocessing(size=size, mean=backbone.mean, std=backbone.std), grid)
+    preprocessing = Preprocessing(
+        size=size, mean=backbone.mean, std=backbone.std, tiles=settings.view.tiles, exposure=settings.view.exposure
+    )
+    return Draft(preprocessing, grid, settings)
 
 
 def make_bank(options: Options, site: Site, splits: Splits, draft: Draft) -> Draft:
     """Collect the training images' features, thin them, measure their densities."""
-    from trainer import bank
+    if "ldknn" not in options.branches:
+        return draft
+    if splits.few:
+        from trainer.few import FewImages
 
-    networks = (site.folder / NETWORKS).read_bytes()
-    features = bank.extract_features(networks, splits.train, draft.preprocessing, options.threads)
+        made = FewImages(options, site, splits.train, draft).bank()
+        (site.folder / BANK).write_bytes(save(made.tensors))
+        return replace(draft, bank_rows=len(made.core), branches=("ldknn",))
+    from trainer import bank
+    from trainer.features import FeatureNetwork, read_pixels
+
+    network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
+    features = np.empty((len(splits.train), network.patches, network.channels), np.float32)
+    for row, picture in enumerate(track(splits.train, "features of the training images")):
+        features[row] = network.run(read_pixels(picture, draft.preprocessing))
+    full = features.reshape(-1, network.channels)
+    settings = draft.settings
     made = bank.make_bank(
-        features, rows=options.coreset, neighbours=options.k, threads=options.threads, seed=options.seed
+        full, rows=settings.coreset, neighbours=settings.k, threads=options.threads, seed=options.seed
     )
     (site.folder / BANK).write_bytes(save(made.tensors))
-    say(f"memory bank: {len(made.core)} of {len(features)} patches, {made.core.shape[1]} channels")
-    return replace(draft, bank_rows=len(made.core))
+    say(f"memory bank: {len(made.core)} of {len(full)} patches, {made.core.shape[1]} channels")
+    return replace(draft, bank_rows=len(made.core), branches=("ldknn",))
+
+
+def train_repair(options: Options, site: Site, splits: Splits, chosen: Chosen, draft: Draft) -> Draft:
+    """Train the repair branch and export it together with the features, whose output stays as it was."""
+    if "repair" not in options.branches:
+        return draft
+    if splits.few:
+        if "ldknn" not in options.branches:
+            raise UsageError(f"found {len(splits.train)} good images, wanted {FEW_IMAGES} or more for repair alone")
+        say(f"repair: left out with fewer than {FEW_IMAGES} good images")
+        return draft
+    schedule = _repair_schedule(options, site)
+    if schedule is None:
+        if "ldknn" not in options.branches:
+            raise UsageError(
+                "found --branches repair and no time left to train it, wanted a longer --budget or --steps"
+            )
+        warn("no time to train the repair branch: the engine has ldknn alone (a longer --budget, or --steps)")
+        return draft
+    from trainer.branch import train_feature_repair
+    from trainer.export import EngineNetwork, export_network
+
+    score = train_feature_repair(options, site, splits, draft, schedule)
+    export_network(
+        EngineNetwork(chosen.backbone, draft.settings.view, score), draft.preprocessing.size, site.folder / NETWORKS
+    )
+    return replace(draft, branches=(*draft.branches, "repair"))
+
+
+def _repair_schedule(options: Options, site: Site) -> Schedule | None:
+    if options.steps is not None:
+        return Schedule(steps=options.steps)
+    seconds = 60.0 * options.budget - site.elapsed_s
+    return Schedule(seconds=seconds) if seconds >= _SHORTEST_TRAINING_S else None
 
 
 def find_scale(options: Options, site: Site, splits: Splits, draft: Draft) -> Draft:
-    """Standardise on the select split's patch scores."""
+    """Standardise each branch on the select split's patch scores."""
     backend = open_draft(options, site, draft).backend
-    scores = []
+    scores: dict[str, list[FloatArray]] = {branch: [] for branch in draft.branches}
     for picture in track(splits.select, "patch scores of the select images"):
-        _, patches = backend.infer(backend.preprocess(dataset.read_frame(picture.path)))
-        if patches is not None:
-            scores.append(patches.values)
+        outputs = backend.infer(backend.preprocess(dataset.read_frame(picture.path)))
+        for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
+            if output is not None:
+                scores[branch].append(output.values.copy())
     backend.close()
-    return replace(draft, standardisation=calibrate.standardise(np.stack(scores)))
+    found = {branch: calibrate.standardise(np.stack(values)) for branch, values in scores.items()}
+    return replace(draft, standardisation=found)
 
 
-def score_good(pipeline: Pipeline, splits: Splits) -> GoodScores:
+def weigh_branches(options: Options, site: Site, splits: Splits, draft: Draft) -> Draft:
+    """Choose the repair branch's weight beside ldknn's on synthetic defects of the select images."""
+    if len(draft.branches) < 2:
+        return draft
+    from trainer.branch import choose_weight
+
+    weight, line = choose_weight(open_draft(options, site, draft), splits.select, draft, options.seed)
+    say(line)
+    return replace(draft, weights={"ldknn": 1.0, "repair": weight}, weighing=line)
+
+
+def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipeline: Pipeline) -> GoodScores:
     """Scores as the daemon will give them, of all images that the bank has not seen."""
+    if splits.few:
+        from trainer.few import leave_one_out
+
+        scores = leave_one_out(options, site, splits.train, draft)
+        return GoodScores(scores, scores)
     return GoodScores(
         _score(pipeline, splits.select, "scores of the select images"),
         _score(pipeline, splits.calibrate, "scores of the calibration images"),
@@ -124,7 +225,14 @@ def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
 def find_doubts(splits: Splits, draft: Draft, scores: GoodScores) -> list[str]:
     """Warn of everything that makes the limit doubtful; the report repeats it."""
     doubts = calibrate.find_doubts(draft.product, scores)
-    if splits.leaked:
+    if splits.few:
+        doubts.append(
+            f"{len(splits.train)} good images are too few to divide (wanted {FEW_IMAGES} or more): each was scored by "
+            "an engine made without it, so the limit is rough; build again when there are more"
+        )
+    if splits.few and splits.leaked:
+        doubts.append(f"{splits.leaked} of the images are copies of others: the limit is too low")
+    elif splits.leaked:
         doubts.append(f"{splits.leaked} calibration images are copies of training images: the limit is too low")
     if splits.skipped:
         doubts.append(f"{len(splits.skipped)} corrupt files were skipped: {', '.join(splits.skipped)}")
@@ -137,7 +245,9 @@ def add_golden(
     options: Options, site: Site, splits: Splits, draft: Draft, *, scores: GoodScores, pipeline: Pipeline
 ) -> Draft:
     """Keep a few frames with their scores, for every machine to reproduce."""
-    golden = pick_golden(pipeline, splits.calibrate, scores.calibrate, draft.product)
+    # A golden score is this engine's own; scores with one image left out are other engines'.
+    seen = _score(pipeline, splits.calibrate, "scores of the images") if splits.few else scores.calibrate
+    golden = pick_golden(pipeline, splits.calibrate, seen, draft.product)
     return replace(draft, golden=tuple(write_golden(site.folder, options.name, golden)))
 
 
@@ -165,7 +275,7 @@ def describe_training(options: Options, site: Site, splits: Splits) -> dict[str,
 
 
 def write_report(
-    options: Options, site: Site, splits: Splits, draft: Draft, *,
+    options: Options, site: Site, splits: Splits, chosen: Chosen, draft: Draft, *,
     scores: GoodScores, doubts: list[str], pipeline: Pipeline, evaluation: Evaluation | None,
 ) -> None:  # fmt: skip
     """Write report.html into the bundle."""
@@ -173,13 +283,24 @@ def write_report(
     from trainer.report import write_report as write
 
     seconds = monotonic() - site.started
-    contents = Contents(pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation)
+    contents = Contents(
+        pipeline,
+        options.name,
+        splits,
+        scores,
+        draft.bank_rows,
+        seconds,
+        doubts,
+        evaluation,
+        chosen.choice,
+        draft.weighing,
+    )
     write(site.folder / "report.html", contents)
 
 
 def seal(options: Options, site: Site, draft: Draft, training: dict[str, Any], evaluation: Evaluation | None) -> None:
     """Sign the bundle, then open it as the daemon will and replay the golden frames."""
-    fields = _manifest_fields(options, site, draft)
+    fields = manifest_fields(options, site, draft)
     fields |= {"metrics": evaluation.figures if evaluation else {}, "training": training}
     bundle.seal_bundle(site.folder, fields, site.key)
     sealed = bundle.open_bundle(site.folder, site.trusted)
@@ -187,51 +308,3 @@ def seal(options: Options, site: Site, draft: Draft, training: dict[str, Any], e
     deviation = check_golden(pipeline)
     pipeline.backend.close()
     say(f"golden frames: {len(draft.golden)} reproduced, at most {deviation:.1%} of what is allowed")
-
-
-def open_draft(options: Options, site: Site, draft: Draft) -> Pipeline:
-    """The daemon's pipeline on the draft; its backend is the caller's to close."""
-    unsigned = _draft_bundle(options, site, draft, np.zeros(1, np.float32))
-    return Pipeline(unsigned, open_backend(unsigned, "cpu", "f32", options.threads))
-
-
-def with_limit(options: Options, site: Site, draft: Draft, scores: GoodScores, pipeline: Pipeline) -> Pipeline:
-    """The same pipeline, with the limit known; stores the calibration scores."""
-    return Pipeline(_draft_bundle(options, site, draft, np.sort(scores.calibrate)), pipeline.backend)
-
-
-def _draft_bundle(options: Options, site: Site, draft: Draft, scores: FloatArray) -> bundle.Bundle:
-    """An unsigned bundle over the files that are there, with `scores` (n,) as the calibration."""
-    (site.folder / CALIBRATION).write_bytes(save({options.name: scores}))
-    names = (NETWORKS, BANK, CALIBRATION)
-    files = {name: hashlib.sha256((site.folder / name).read_bytes()).hexdigest() for name in names}
-    fields = _manifest_fields(options, site, draft) | {"metrics": {}, "training": {}, "files": files}
-    if not draft.golden:  # the schema wants one, but nobody replays a draft's: any file will do
-        stand_in = GoldenFrame(file=NETWORKS, product=options.name, score=0.0, outcome="PASS")
-        fields["golden"] = {"frames": [stand_in.model_dump()], "tolerance": {}}
-    return bundle.Bundle(site.folder, Manifest.model_validate(fields), digest="")
-
-
-def _manifest_fields(options: Options, site: Site, draft: Draft) -> dict[str, Any]:
-    """The manifest without metrics, training and files."""
-    return {
-        "format": bundle.FORMAT,
-        "kind": "fused",
-        "name": options.name,
-        "version": site.version,
-        "created": site.created.isoformat(timespec="seconds"),
-        "preprocessing": draft.preprocessing.model_dump(),
-        "branches": [_BRANCH],
-        "grid": draft.grid,
-        "k": options.k,
-        "alpha": options.alpha,
-        "distance": "squared-l2",
-        "fusion": {
-            "weights": {_BRANCH: 1.0},
-            "standardisation": {_BRANCH: draft.standardisation.model_dump()},
-            "smoothingSigma": calibrate.smoothing_sigma(draft.preprocessing.size),
-        },
-        "scoreRule": "max",
-        "products": {options.name: draft.product.model_dump()},
-        "golden": {"frames": [frame.model_dump() for frame in draft.golden], "tolerance": TOLERANCE},
-    }

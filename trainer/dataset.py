@@ -22,6 +22,7 @@ from daemon.errors import DataError
 from daemon.inspection.decode import decode_file
 from daemon.types import Frame
 from trainer.progress import warn
+from trainer.settings import FEW_IMAGES
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 _MOST_CORRUPT = 0.1  # of a folder; more is no accident but a wrong or broken folder
@@ -46,6 +47,7 @@ class Splits:
     select: tuple[Picture, ...]
     calibrate: tuple[Picture, ...]
     skipped: tuple[str, ...]  # names of the corrupt files
+    few: bool = False  # too few to divide: the three are the same images, and each is left out once (trainer/few.py)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -54,6 +56,8 @@ class Splits:
     @property
     def leaked(self) -> int:
         """Calibration images that are byte for byte training images: they make the limit too low."""
+        if self.few:
+            return len(self.train) - len({picture.sha256 for picture in self.train})
         known = {picture.sha256 for picture in self.train}
         return sum(picture.sha256 in known for picture in self.calibrate)
 
@@ -115,10 +119,13 @@ def scan(folder: Path, threads: int) -> tuple[list[Picture], list[str]]:
 def split(good: Path, select: Path | None, calibration: Path | None, threads: int) -> Splits:
     """Divide the good images by capture order; a folder given for a split replaces it.
 
-    The last third calibrates, the fifteenth before it selects, the rest trains (300: 180, 20, 100).
-    Raises DataError if a split would be empty.
+    The last third calibrates, the fifteenth before it selects, the rest trains (300: 180, 20, 100); fewer than
+    30 are not divided. Raises DataError if a split would be empty.
     """
     pictures, skipped = scan(good, threads)
+    if select is None and calibration is None and 1 <= len(pictures) < FEW_IMAGES:
+        whole = tuple(pictures)
+        return Splits(train=whole, select=whole, calibrate=whole, skipped=tuple(skipped), few=True)
     chosen: dict[str, list[Picture]] = {}
     for name, folder in (("select", select), ("calibrate", calibration)):
         if folder is not None:

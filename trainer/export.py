@@ -13,28 +13,84 @@ import numpy as np
 import onnx
 import openvino as ov
 import torch
+from torch import Tensor, nn
 
 from daemon.errors import DeviceError
 from trainer.backbone import Backbone, PatchFeatures
+from trainer.repair import RepairScore
+from trainer.settings import View
 
 # Both sides compute in float32 through some fifty layers, in another order of summation: deviations are near
 # 1e-6 of the largest feature. A wrong operator, padding or resize is off by more than a hundredth.
 _LARGEST_DEVIATION = 1e-4
+_LEVEL, _DARK = (
+    110.0,
+    5.0,
+)  # grey levels: the mean that frames are brought to; keeps a dark frame's noise from exploding
 
 
-def export_network(backbone: Backbone, size: tuple[int, int], path: Path) -> tuple[int, int]:
-    """Write the network with input `image` (1 3 h w) and output `features` (P C); gives the grid (gh gw).
+class EngineNetwork(nn.Module):
+    """Everything that an engine computes before the search: image (1 3 h w) -> features (P C), repair scores (P).
+
+    The second output is there only with `repair`, which takes the features (1 C gh gw), or the image where
+    `repairs_image`. Patches are in row-major order over the whole grid, also with tiles.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        view: View | None = None,
+        repair: RepairScore | None = None,
+        *,
+        repairs_image: bool = False,
+    ) -> None:
+        super().__init__()
+        self.features = PatchFeatures(backbone.network)
+        self.repair = repair
+        self._view, self._repairs_image = view or View(), repairs_image
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self._view.exposure == "levelled":
+            image = self.level(image)
+        features = self.maps(image)
+        rows = features.flatten(2).squeeze(0).transpose(0, 1)
+        if self.repair is None:
+            return rows
+        return rows, self.repair(image * self.std + self.mean if self._repairs_image else features)
+
+    def level(self, image: Tensor) -> Tensor:
+        """One gain a frame that brings its mean brightness to a fixed value; what is clipped at 255 stays clipped."""
+        pixels = image * self.std + self.mean
+        gain = _LEVEL / (pixels.mean(dim=(1, 2, 3), keepdim=True) + _DARK)
+        return ((pixels * gain).clamp(0.0, 255.0) - self.mean) / self.std
+
+    def maps(self, image: Tensor) -> Tensor:
+        """(1 3 h w) -> (1 C gh gw)."""
+        if self._view.tiles == "none":
+            out: Tensor = self.features(image)
+            return out
+        top, bottom = image.chunk(2, dim=2)
+        quarters = [*top.chunk(2, dim=3), *bottom.chunk(2, dim=3)]
+        made = self.features(torch.cat(quarters))
+        return torch.cat([torch.cat([made[:1], made[1:2]], 3), torch.cat([made[2:3], made[3:]], 3)], 2)
+
+
+def export_network(module: EngineNetwork, size: tuple[int, int], path: Path) -> tuple[int, int]:
+    """Write the network with input `image` (1 3 h w), outputs `features` (P C), perhaps `repair` (P); gives the grid.
 
     Raises DeviceError if OpenVINO does not compute what torch does.
     """
-    module = PatchFeatures(backbone.network).eval()
+    module = module.eval()
     example = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
     with torch.inference_mode():
-        grid = tuple(backbone.network(example)[0].shape[-2:])
-        wanted = module(example).numpy()
+        grid = tuple(module.maps(example).shape[-2:])
+        found = module(example)
+    wanted = [output.numpy() for output in (found if isinstance(found, tuple) else (found,))]
     with _silence():
         torch.onnx.export(
-            module, (example,), path, input_names=["image"], output_names=["features"],
+            module, (example,), path, input_names=["image"], output_names=["features", "repair"][: len(wanted)],
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     model = onnx.load(path)
@@ -58,20 +114,22 @@ def _strip(model: onnx.ModelProto) -> None:
         del tensor.metadata_props[:]
 
 
-def _compare(path: Path, image: np.ndarray, wanted: np.ndarray) -> None:
+def _compare(path: Path, image: np.ndarray, wanted: list[np.ndarray]) -> None:
     try:
         compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        found = compiled([image])[0]
+        results = compiled([image])
+        found = [results[index] for index in range(len(wanted))]
     except RuntimeError as error:
         raise DeviceError(f"OpenVINO cannot run the exported network: {error}") from error
-    if found.shape != wanted.shape:
-        raise DeviceError(f"the exported network gives features {found.shape}, torch gives {wanted.shape}")
-    deviation = float(np.abs(found - wanted).max() / np.abs(wanted).max())
-    if not deviation <= _LARGEST_DEVIATION:
-        raise DeviceError(
-            f"the exported network is off by {deviation:.2e} of the largest feature under OpenVINO, wanted at most "
-            f"{_LARGEST_DEVIATION:.0e}: use the versions of torch, onnx and openvino that constraints.txt pins"
-        )
+    for name, ours, theirs in zip(("features", "repair"), found, wanted, strict=False):
+        if ours.shape != theirs.shape:
+            raise DeviceError(f"the exported network gives {name} {ours.shape}, torch gives {theirs.shape}")
+        deviation = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        if not deviation <= _LARGEST_DEVIATION:
+            raise DeviceError(
+                f"the exported network's {name} are off by {deviation:.2e} of the largest under OpenVINO, wanted at "
+                f"most {_LARGEST_DEVIATION:.0e}: use the versions of torch, onnx and openvino that constraints.txt pins"
+            )
 
 
 @contextlib.contextmanager

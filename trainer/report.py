@@ -17,9 +17,11 @@ from daemon.bundle import Product
 from daemon.inspection.pipeline import Pipeline, for_display, heat
 from daemon.types import AnomalyMap, ByteArray, Frame
 from trainer.calibrate import GoodScores, conformal_rank
+from trainer.choose import Choice, in_words
 from trainer.dataset import Splits, read_frame
 from trainer.evaluate import Evaluation, Judged
 
+_TRIALS = 12
 _GALLERY = 6  # pictures in a row
 _LONG_SIDE = 240
 _BLUE, _GRAY, _RED, _GREEN = "#33658a", "#8d99ae", "#c0392b", "#5b8e55"
@@ -47,6 +49,8 @@ class Contents:
     build_seconds: float
     doubts: Sequence[str]
     evaluation: Evaluation | None
+    choice: Choice | None = None
+    weighing: str = ""
 
 
 def write_report(path: Path, contents: Contents) -> None:
@@ -60,6 +64,7 @@ def write_report(path: Path, contents: Contents) -> None:
         _facts(contents),
         f"<h2>The limit</h2><p>{escape(limit_in_words(manifest.products[contents.product]))}</p>",
         f'<img class="chart" alt="Histogram of scores" src="{_data_url(_histogram(contents))}">',
+        _choice(contents),
         _calibration_galleries(contents),
         _test(contents),
         "</body></html>",
@@ -92,6 +97,32 @@ def _facts(contents: Contents) -> str:
         "Build": f"{contents.build_seconds:.1f} s",
     }
     return _table([(escape(name), escape(value)) for name, value in facts.items()])
+
+
+def _choice(contents: Contents) -> str:
+    """The settings' reason, the best of the grid, and where plain 1-NN stands."""
+    choice = contents.choice
+    if choice is None:
+        return ""
+    lines = [f"<h2>Settings</h2><p>{escape(in_words(choice.settings))}: {escape(choice.reason)}.</p>"]
+    if contents.weighing:
+        lines.append(f"<p>{escape(contents.weighing)}</p>")
+    if choice.trials:
+        shown = [*choice.trials[:_TRIALS], *([choice.plain] if choice.plain not in choice.trials[:_TRIALS] else [])]
+        rows = [
+            [
+                escape(in_words(trial.settings)),
+                *(f"{value:.3f}" for value in (trial.image_auroc, trial.pixel_auroc)),
+                f"{trial.nominal_ms:.1f}",
+            ]
+            for trial in shown
+            if trial is not None
+        ]
+        lines.append(
+            f"<p>The best {_TRIALS} of {len(choice.trials)} settings on synthetic defects of held-out good images:</p>"
+        )
+        lines.append(_table(rows, ["Setting", "Image AUROC", "Pixel AUROC", "Nominal ms"]))
+    return "\n".join(lines)
 
 
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:

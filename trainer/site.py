@@ -35,12 +35,17 @@ class Options:
     test: Path | None
     out: Path
     keys: Path
-    branches: str
+    textures: Path | None
+    preview: Path | None
+    branches: tuple[str, ...]
     false_reject: float
-    size: int
-    k: int
-    alpha: float
-    coreset: int
+    budget_ms: float
+    budget: float
+    steps: int | None
+    size: int | None
+    k: int | None
+    alpha: float | None
+    coreset: int | None
     backbone: str
     weights: Path | None
     targets: str
@@ -58,6 +63,10 @@ class Site:
     started: float
     key: Ed25519PrivateKey
     trusted: tuple[TrustedKey, ...]
+
+    @property
+    def elapsed_s(self) -> float:
+        return monotonic() - self.started
 
     @property
     def final(self) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load as load_tensors
 
-from daemon.bundle import BANK, CALIBRATION, Bundle
+from daemon.bundle import BANK, CALIBRATION, NETWORKS, Bundle
 from daemon.errors import BundleError
 from daemon.types import FloatArray
 
@@ -24,6 +24,15 @@ def load_bank(bundle: Bundle) -> dict[str, FloatArray]:
     if tensors["core"].ndim != 2 or shapes["bias"] != (rows,) or shapes["density"] != (rows,) or rows == 0:
         raise BundleError(f"{path}: found shapes {shapes}, wanted core (M, C), bias (M,), density (M,)")
     return {name: np.ascontiguousarray(tensors[name], np.float32) for name in shapes}
+
+
+def check_outputs(bundle: Bundle, found: list[tuple[int, ...]]) -> None:
+    """The network's output shapes: `features` (P C), then `repair` (P) where there is that branch. BundleError."""
+    patches = bundle.manifest.grid[0] * bundle.manifest.grid[1]
+    wanted: list[tuple[int, ...]] = [(patches,)] if "repair" in bundle.manifest.branches else []
+    if not found or len(found[0]) != 2 or found[0][0] != patches or found[1:] != wanted:
+        others = "".join(f" and {shape}" for shape in wanted)
+        raise BundleError(f"{bundle.folder / NETWORKS}: found outputs {found}, wanted ({patches}, C){others}")
 
 
 def load_calibration(bundle: Bundle) -> dict[str, list[float]]:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import openvino as ov
 from openvino import opset13 as ops
 
-from daemon.bundle import NETWORKS, Bundle, Preprocessing
+from daemon.bundle import NETWORKS, Bundle, Fusion, Preprocessing
 from daemon.errors import DeviceError
-from daemon.inspection.tensors import load_bank
+from daemon.inspection.tensors import check_outputs, load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor
 
 
@@ -34,14 +34,15 @@ class CpuBackend:
         self.precision = precision
         manifest = bundle.manifest
         self._preprocessing = manifest.preprocessing
-        self._bank = load_bank(bundle)
         self._grid = manifest.grid
         self._input = np.empty((1, 3, *manifest.preprocessing.size), np.float32)
-        self._winners = np.empty((manifest.grid[0] * manifest.grid[1], self._bank["core"].shape[1]), np.float32)
-        self._network, self._search = _compile(bundle.read(NETWORKS), self._bank, precision, threads)
-        self._alpha_density = np.float32(manifest.alpha) * self._bank["density"]
-        self._standardisation = manifest.fusion.standardisation["ldknn"]
-        self._weight = np.float32(manifest.fusion.weights["ldknn"])
+        self._branches = {branch: _scaling(manifest.fusion, branch) for branch in manifest.branches}
+        bank = load_bank(bundle) if "ldknn" in self._branches else None
+        self._network, self._search = _compile(bundle, bank, precision, threads)
+        if bank is not None:
+            self._core = bank["core"]
+            self._winners = np.empty((manifest.grid[0] * manifest.grid[1], self._core.shape[1]), np.float32)
+            self._alpha_density = np.float32(manifest.alpha) * bank["density"]
         sigma = manifest.fusion.smoothingSigma
         self._rows = smoothing_operator(manifest.preprocessing.size[0], manifest.grid[0], sigma)
         self._columns = smoothing_operator(manifest.preprocessing.size[1], manifest.grid[1], sigma).T.copy()
@@ -69,23 +70,30 @@ class CpuBackend:
 
     def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
         features = self.features(tensor)
+        repaired = None
+        if "repair" in self._branches:
+            repaired = Repaired(self._network.get_output_tensor(1).data)
+        if "ldknn" not in self._branches:
+            return repaired, None
         nearest = self.nearest()
         # The indices come from the search over this very bank; `clip` only spares NumPy a buffer.
-        difference = np.take(self._bank["core"], nearest, axis=0, out=self._winners, mode="clip")
+        difference = np.take(self._core, nearest, axis=0, out=self._winners, mode="clip")
         np.subtract(features, difference, out=difference)
         distance_sq = np.einsum("pc,pc->p", difference, difference)
         # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
-        return None, PatchScores(distance_sq - self._alpha_density[nearest])
+        return repaired, PatchScores(distance_sq - self._alpha_density[nearest])
 
     def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
-        _, patches = outputs
-        if patches is None:
-            raise DeviceError("the backend's inference gave no LDKNN scores for a bundle that has that branch")
-        standard = self._standardisation
-        grid = (patches.values.reshape(self._grid) - np.float32(standard.centre)) * (
-            self._weight / np.float32(standard.scale)
-        )
-        smoothed = self._rows @ grid @ self._columns
+        # Upsampling and smoothing are linear: the branches are combined first, on the small grid.
+        grid = np.zeros(self._grid, np.float32)
+        for branch, scores in zip(("repair", "ldknn"), outputs, strict=True):
+            if branch not in self._branches:
+                continue
+            if scores is None:
+                raise DeviceError(f"the backend's inference gave no scores for the bundle's branch {branch}")
+            centre, factor = self._branches[branch]
+            grid += (scores.values.reshape(self._grid) - centre) * factor
+        smoothed: FloatArray = (self._rows @ grid @ self._columns).astype(np.float32, copy=False)
         return AnomalyMap(smoothed, frame_hw, float(smoothed.max()))
 
     def close(self) -> None:
@@ -151,14 +159,23 @@ def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
     return (gaussian @ upsample).astype(np.float32)
 
 
-def _compile(networks: bytes, bank: dict[str, FloatArray], precision: str, threads: int) -> tuple[Any, Any]:
-    """Requests of the feature network (f32) and of the search, which reads the network's output in place."""
+def _scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:
+    """(centre, factor): a branch's scores s enter the map as (s - centre) * factor."""
+    standard = fusion.standardisation[branch]
+    return np.float32(standard.centre), np.float32(fusion.weights[branch]) / np.float32(standard.scale)
+
+
+def _compile(bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str, threads: int) -> tuple[Any, Any]:
+    """Requests of the networks (f32) and of the search in the bank, if any, which reads their output in place."""
     core = ov.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise DeviceError("precision bf16: this processor has no bf16 instructions; set backend.precision to f32")
     try:
-        model = core.read_model(networks)
+        model = core.read_model(bundle.read(NETWORKS))
+        check_outputs(bundle, [tuple(output.shape) for output in model.outputs])
         network = core.compile_model(model, "CPU", _options("f32", threads)).create_infer_request()
+        if bank is None:
+            return network, None
         search_model = _search_model(tuple(model.output(0).shape), bank)
         search = core.compile_model(search_model, "CPU", _options(precision, threads)).create_infer_request()
         search.set_input_tensor(network.get_output_tensor(0))

@@ -1,0 +1,342 @@
+"""Settings chosen from good images alone: held-out good images against the same ones with synthetic defects.
+
+REB's authors call the choice of K an open problem (Lyu et al. 2023, section 5); with a thinned bank the density
+correction can win five points or lose twenty. So every setting is tried on defects whose shapes and fills no
+network was trained on (corruption.CHOICE), and plain 1-NN (alpha = 0) stands in the grid: another setting is taken
+only where it is better by more than the standard error of the difference. Merit: the mean of image and pixel AUROC.
+A setting costs what it would take on two reference cores (`nominal_ms`), so that the choice can be repeated anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from daemon.bundle import Preprocessing
+from daemon.inspection.backend.cpu import smoothing_operator
+from daemon.types import FloatArray
+from trainer import bank, dataset
+from trainer.calibrate import smoothing_sigma
+from trainer.corruption import CHOICE, Corruptor, estimate_foreground
+from trainer.dataset import Picture, Splits
+from trainer.export import EngineNetwork
+from trainer.features import FeatureNetwork, read_pixels
+from trainer.progress import say
+from trainer.settings import ALPHAS, CORESETS, NEIGHBOURS, SIZES, Settings, View
+from trainer.shapes import BoolArray
+
+if TYPE_CHECKING:
+    from trainer.backbone import Backbone
+
+FEWEST = 12  # train and select images together; with fewer there is nothing to choose on
+_MOST_BANK, _MOST_HELD = 80, 30  # images
+_DEFECTS = 3  # of each held-out image
+_MOST_CANDIDATE_ROWS = 60_000
+_MAP_STEP = 8  # every 8th pixel of the smoothed map stands for its surroundings
+_REDRAWS = 200  # of the bootstrap
+# Milliseconds on the reference machine (two Xeon cores with AVX-512, OpenVINO f32), see bench/results/line.json.
+_NETWORK_MS, _REPAIR_MS = 4.7 / 256**2, 5.0 / 1024  # a pixel; a patch
+_MACS_A_MS = 81e6
+_OTHER_MS = 1.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and how it did on synthetic defects."""
+
+    settings: Settings
+    image_auroc: float
+    pixel_auroc: float
+    nominal_ms: float
+
+    @property
+    def merit(self) -> float:
+        return 0.5 * (self.image_auroc + self.pixel_auroc)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was taken and why, with all that was tried, the best first."""
+
+    settings: Settings
+    reason: str
+    trials: tuple[Trial, ...] = ()
+    plain: Trial | None = None  # the reference: 1-NN at the default input
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line fixed (None: to be chosen), and the milliseconds that a frame may take."""
+
+    long_side: int | None = None
+    k: int | None = None
+    alpha: float | None = None
+    coreset: int | None = None
+    budget_ms: float = 30.0
+    with_repair: bool = False
+
+    @property
+    def leave_nothing(self) -> bool:
+        return None not in (self.long_side, self.k, self.alpha, self.coreset)
+
+    def defaults(self) -> Settings:
+        base = Settings()
+        return Settings(
+            self.long_side or base.long_side, View(), self.coreset or base.coreset, self.k or base.k,
+            base.alpha if self.alpha is None else self.alpha,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What all settings are tried on."""
+
+    backbone: Backbone
+    banked: Sequence[Picture]
+    held: Sequence[Picture]
+    wishes: Wishes
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Smoothed maps (images, pixels) of held-out images and of their synthetic defects, and the truth.
+
+    `distance` for each coreset; `density` for each coreset and K: a setting's map is distance - alpha * density.
+    """
+
+    distance: dict[int, FloatArray]
+    density: dict[tuple[int, int], FloatArray]
+    mask: BoolArray  # (images, pixels); a good image's is all False
+    source: np.ndarray  # (images,): which held-out image it is, or is made of
+    is_defective: BoolArray  # (images,)
+
+
+def nominal_ms(pixels: int, patches: int, rows: int, channels: int, *, with_repair: bool) -> float:
+    """What a frame of this many network pixels takes on the reference machine."""
+    search = patches * rows * channels / _MACS_A_MS
+    return pixels * _NETWORK_MS + search + (patches * _REPAIR_MS if with_repair else 0.0) + _OTHER_MS
+
+
+def choose(backbone: Backbone, splits: Splits, wishes: Wishes, *, threads: int, seed: int, seconds: float) -> Choice:
+    """Try the grid within `seconds` (infinite: all of it) and take a setting."""
+    settings = wishes.defaults()
+    if wishes.leave_nothing:
+        return Choice(settings, "everything was given on the command line")
+    good = [*splits.train, *(() if splits.few else splits.select)]
+    if len(good) < FEWEST:
+        plain = replace(settings, alpha=0.0 if wishes.alpha is None else wishes.alpha)
+        return Choice(plain, f"plain 1-NN: {len(good)} images are too few to choose on, wanted {FEWEST} or more")
+    ground = _Ground(backbone, *_divide(good), wishes, threads, seed)
+    started, longest = monotonic(), 0.0
+    trials: list[Trial] = []
+    kept: dict[Settings, tuple[_Scores, Settings]] = {}
+    for long_side, view in _views(wishes, trials):
+        # The cost of a view grows with its pixels; one that would not be done in time is not begun.
+        if trials and monotonic() - started + longest * (long_side / SIZES[0]) ** 2 > seconds:
+            say(f"choice: no time for {long_side} pixels, {view.exposure}, tiles {view.tiles}")
+            continue
+        began = monotonic()
+        tried = _try_view(ground, long_side, view)
+        longest = max(longest, (monotonic() - began) * (SIZES[0] / long_side) ** 2)
+        for trial, scores in tried:
+            trials.append(trial)
+            kept[trial.settings] = (scores, trial.settings)
+        if tried:
+            top = max((trial for trial, _ in tried), key=lambda trial: trial.merit)
+            say(f"choice: {in_words(top.settings)}: image {top.image_auroc:.3f}, pixel {top.pixel_auroc:.3f}")
+    return _take(trials, kept, settings)
+
+
+def _divide(good: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """(for the bank, held out): every third image is held out, evenly over the capture order, at most 30."""
+    held = [
+        good[index] for index in np.unique(np.linspace(1, len(good) - 1, min(_MOST_HELD, len(good) // 3)).astype(int))
+    ]
+    rest = [picture for picture in good if picture not in held]
+    taken = np.unique(np.linspace(0, len(rest) - 1, min(_MOST_BANK, len(rest))).astype(int))
+    return [rest[index] for index in taken], held
+
+
+def _views(wishes: Wishes, trials: Sequence[Trial]) -> Iterator[tuple[int, View]]:
+    """Inputs worth a try, the cheap ones first; larger ones with the exposure that did better at the first size."""
+    sizes = [wishes.long_side] if wishes.long_side else list(SIZES)
+    for exposure in ("as-is", "levelled"):
+        yield sizes[0], View(exposure)
+    best = max(trials, key=lambda trial: trial.merit).settings.view if trials else View()
+    for size in sizes[1:]:
+        yield size, best
+        if size % 64 == 0 and size >= 2 * SIZES[0]:
+            yield size, replace(best, tiles="2x2")
+
+
+def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, _Scores]]:
+    """All affordable settings of one view."""
+    wishes = ground.wishes
+    size = dataset.network_size([*ground.banked, *ground.held], long_side)
+    preprocessing = Preprocessing(size=size, mean=ground.backbone.mean, std=ground.backbone.std)
+    network = FeatureNetwork(EngineNetwork(ground.backbone, view), preprocessing, ground.threads)
+    costs = {
+        rows: nominal_ms(size[0] * size[1], network.patches, rows, network.channels, with_repair=wishes.with_repair)
+        for rows in ([wishes.coreset] if wishes.coreset else CORESETS)
+    }
+    affordable = [rows for rows, cost in costs.items() if cost <= wishes.budget_ms]
+    if not affordable:
+        return []
+    scores = _score(ground, network, preprocessing, affordable)
+    trials = []
+    for rows in sorted(scores.distance):
+        for alpha in [wishes.alpha] if wishes.alpha is not None else ALPHAS:
+            for k in _neighbours(wishes)[: None if alpha else 1]:
+                maps = _maps(scores, rows, k, alpha)
+                image, pixel = _aurocs(maps, scores)
+                settings = Settings(long_side, view, rows, k, alpha)
+                trials.append((Trial(settings, image, pixel, costs[rows]), scores))
+    return trials
+
+
+def _neighbours(wishes: Wishes) -> Sequence[int]:
+    return [wishes.k] if wishes.k else NEIGHBOURS
+
+
+def _score(ground: _Ground, network: FeatureNetwork, preprocessing: Preprocessing, coresets: Sequence[int]) -> _Scores:
+    """Bank, queries, maps. Greedy picks are nested: one coreset holds all the smaller ones."""
+    rows = [network.run(read_pixels(picture, preprocessing)).copy() for picture in ground.banked]
+    full = torch.from_numpy(np.concatenate(rows))
+    generator = torch.Generator().manual_seed(ground.seed)
+    drawn = torch.randperm(len(full), generator=generator)[:_MOST_CANDIDATE_ROWS]
+    with bank.one_thread():
+        core_rows = drawn[bank.choose_core(full[drawn], max(coresets), ground.seed)]
+        neighbours = [k for k in _neighbours(ground.wishes) if k < len(full)]
+        densities = bank.local_densities(full, core_rows, neighbours, ground.threads).numpy()
+    pictures, masks, source = _spoil([read_pixels(picture, preprocessing) for picture in ground.held], ground.seed)
+    limits = sorted({min(rows_, len(core_rows)) for rows_ in coresets})
+    grid = (preprocessing.size[0] // 8, preprocessing.size[1] // 8)
+    sigma = smoothing_sigma(preprocessing.size)
+    down = smoothing_operator(preprocessing.size[0], grid[0], sigma)[_MAP_STEP // 2 :: _MAP_STEP]
+    across = smoothing_operator(preprocessing.size[1], grid[1], sigma)[_MAP_STEP // 2 :: _MAP_STEP].T
+    distance: dict[int, list[FloatArray]] = {limit: [] for limit in limits}
+    density: dict[tuple[int, int], list[FloatArray]] = {(limit, k): [] for limit in limits for k in neighbours}
+    core = full[core_rows]
+    biases = core.square().sum(1).mul_(-0.5)
+    for pixels in pictures:
+        features = torch.from_numpy(network.run(pixels))
+        for limit, (nearest, values) in _nested_nearest(features, core, biases, limits).items():
+            distance[limit].append((down @ values.reshape(grid) @ across).ravel())
+            for column, k in enumerate(neighbours):
+                density[limit, k].append((down @ densities[nearest, column].reshape(grid) @ across).ravel())
+    step = (len(down), across.shape[1])
+    truth = np.stack([cv2.resize(mask.astype(np.float32), step[::-1], interpolation=cv2.INTER_AREA) for mask in masks])
+    return _Scores(
+        {key: np.stack(value) for key, value in distance.items()},
+        {key: np.stack(value) for key, value in density.items()},
+        (truth > 0.25).reshape(len(masks), -1), source, np.array([bool(mask.any()) for mask in masks]),
+    )  # fmt: skip
+
+
+def _spoil(good: Sequence[FloatArray], seed: int) -> tuple[list[FloatArray], list[BoolArray], np.ndarray]:
+    """The images and their synthetic defects, with masks and each one's source."""
+    corruptor = Corruptor(good, CHOICE, foreground=estimate_foreground(good))
+    pictures, masks = list(good), [np.zeros(image.shape[:2], bool) for image in good]
+    source = list(range(len(good)))
+    for index in range(len(good)):
+        rng = np.random.default_rng((seed, index))
+        for _ in range(_DEFECTS):
+            made = corruptor.corrupt(index, rng)
+            pictures.append(made.pixels)
+            masks.append(made.mask)
+            source.append(index)
+    return pictures, masks, np.array(source)
+
+
+def _nested_nearest(
+    features: torch.Tensor, core: torch.Tensor, biases: torch.Tensor, limits: Sequence[int]
+) -> dict[int, tuple[FloatArray, FloatArray]]:
+    """For each limit: the nearest among the first so many rows (P,), and its squared distance (P,)."""
+    best = torch.full((len(features),), -torch.inf)
+    place = torch.zeros(len(features), dtype=torch.int64)
+    found, start = {}, 0
+    for limit in limits:
+        value, index = torch.addmm(biases[start:limit], features, core[start:limit].T).max(1)
+        nearer = value > best
+        best, place = torch.where(nearer, value, best), torch.where(nearer, index + start, place)
+        distance = (features - core[place]).square().sum(1)
+        found[limit], start = (place.numpy().copy(), distance.numpy()), limit
+    return found
+
+
+def _maps(scores: _Scores, rows: int, k: int, alpha: float) -> FloatArray:
+    distance = scores.distance[rows]
+    return distance if not alpha else distance - np.float32(alpha) * scores.density[rows, k]
+
+
+def _aurocs(maps: FloatArray, scores: _Scores) -> tuple[float, float]:
+    return auroc(maps.max(1), scores.is_defective), auroc(maps.ravel(), scores.mask.ravel())
+
+
+def auroc(values: FloatArray, positive: BoolArray) -> float:
+    """Area under the ROC curve by ranks, ties counted half (Mann-Whitney); 0.5 where one class is absent."""
+    count = int(positive.sum())
+    others = len(positive) - count
+    if not count or not others:
+        return 0.5
+    ranks = rankdata(values)
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def _take(trials: Sequence[Trial], kept: dict[Settings, tuple[_Scores, Settings]], defaults: Settings) -> Choice:
+    """The best setting, unless plain 1-NN is as good to within the standard error of the difference."""
+    if not trials:
+        return Choice(defaults, "no setting of the grid fits --budget-ms; the defaults were taken")
+    order = sorted(trials, key=lambda trial: -trial.merit)
+    first = trials[0].settings
+    plain_ones = [trial for trial in trials if trial.settings.alpha == 0 and _same_input(trial.settings, first)]
+    best = order[0]
+    if not plain_ones:
+        return Choice(
+            best.settings, "the best of the grid (plain 1-NN was ruled out on the command line)", tuple(order)
+        )
+    plain = max(plain_ones, key=lambda trial: (trial.settings.coreset <= defaults.coreset, trial.settings.coreset))
+    error = _error_of_difference(kept[best.settings], kept[plain.settings])
+    gain = best.merit - plain.merit
+    if gain > error:
+        reason = f"{gain:+.3f} over plain 1-NN on synthetic defects, more than the standard error {error:.3f}"
+        return Choice(best.settings, reason, tuple(order), plain)
+    reason = f"plain 1-NN: the best of the grid is only {gain:+.3f} better, within the standard error {error:.3f}"
+    return Choice(plain.settings, reason, tuple(order), plain)
+
+
+def _same_input(one: Settings, other: Settings) -> bool:
+    return (one.long_side, one.view) == (other.long_side, other.view)
+
+
+def _error_of_difference(one: tuple[_Scores, Settings], other: tuple[_Scores, Settings]) -> float:
+    """Standard error of the difference of image AUROC, by a bootstrap over the held-out images (paired)."""
+    sides = []
+    for scores, settings in (one, other):
+        maps = _maps(scores, settings.coreset, settings.k, settings.alpha)
+        sides.append((maps.max(1), scores))
+    source, truth = sides[0][1].source, sides[0][1].is_defective
+    images = int(source.max()) + 1
+    members = [np.flatnonzero(source == index) for index in range(images)]
+    rng = np.random.default_rng(0)
+    differences = []
+    for _ in range(_REDRAWS):
+        rows = np.concatenate([members[index] for index in rng.integers(images, size=images)])
+        differences.append(auroc(sides[0][0][rows], truth[rows]) - auroc(sides[1][0][rows], truth[rows]))
+    return float(np.std(differences))
+
+
+def in_words(settings: Settings) -> str:
+    view = settings.view
+    kind = "plain 1-NN" if not settings.alpha else f"K {settings.k}, alpha {settings.alpha:g}"
+    tiles = "" if view.tiles == "none" else f", tiles {view.tiles}"
+    return f"{settings.long_side} pixels, exposure {view.exposure}{tiles}, {settings.coreset} rows, {kind}"
