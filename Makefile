@@ -31,8 +31,9 @@ bench: .venv/.installed  ## times through the sockets and the demo, recorded; th
 	$(BIN)/python -m bench.demo
 	$(BIN)/python -m bench.tables
 
-accuracy: .venv/.installed  ## make accuracy DATA=folder; writes bench/results/accuracy.json
-	$(BIN)/python -m bench.accuracy --data $(DATA) --coreset 8000
+accuracy: .venv/.installed  ## make accuracy DATA=folder; what is missing in bench/results/accuracy.json; hours
+	$(BIN)/python -m bench.accuracy --data $(DATA)
+	$(BIN)/python -m bench.tables
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -64,6 +64,13 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 )
 @click.option("--steps", type=click.IntRange(0), help="Train exactly so many steps instead: the build can be repeated.")
 @click.option(
+    "--finetune", type=click.Choice(["auto", "off"]), default="auto", help="DefectMaker's, kept where it helps."
+)
+@click.option(
+    "--noise", type=click.Choice(["anchored", "input-only", "none"]), default="anchored",
+    help="Of the repair training: on input and target, as an ordinary denoiser, or none.",
+)  # fmt: skip
+@click.option(
     "--size", callback=_check_size, help="Long side of the network's input, a multiple of 32.  [chosen]", type=int
 )
 @click.option("--k", type=click.IntRange(1), help="Neighbours of the local density.  [chosen]")
@@ -83,6 +90,7 @@ def main(**fields: Any) -> None:
     with open_site(options) as site:
         splits = build.read_images(options)
         chosen = build.choose_settings(options, site, splits)
+        chosen = build.tune_backbone(options, splits, chosen)
         draft = build.make_network(site, splits, chosen)
         draft = build.make_bank(options, site, splits, draft)
         draft = build.train_repair(options, site, splits, chosen, draft)

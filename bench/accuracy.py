@@ -1,14 +1,18 @@
-"""Accuracy of the default engine on data sets in the layout that `inspectd evaluate` reads.
+"""Accuracy of engines on data sets in the layout that `inspectd evaluate` reads, and what each part of them gives.
 
     python -m bench.accuracy --data FOLDER     (FOLDER/<set>/train/good, test/..., ground_truth/...)
 
-Protocol: the bank is made from all of train/good. The limit needs good images that the bank has not
-seen, so the good test images are halved by the seed: one half calibrates, the other half is tested with
-all defects. Mean and spread over three seeds, fixed beforehand; options are the trainer's defaults.
+Beside the folder's sets, ELPV's monocrystalline and polycrystalline cells (package elpv-dataset; 300 good cells by
+seed train, the other good ones and all with defect probability 1 are tested). Protocol: the bank is made from all of
+train/good. The limit needs good images that the bank has not seen, so the good test images are halved by the seed:
+one half calibrates, the other half is tested with all defects. The select split is drawn from train/good.
+Three seeds, fixed beforehand. A run that is in the result file already, made with the same options and from the same
+sources, is not made again, so that the bench can be run in pieces; docs/accuracy.md is made of it by bench/tables.py.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -19,81 +23,116 @@ from statistics import mean, stdev
 from typing import Any
 
 import click
+import cv2
 import numpy as np
 
-from bench.record import ROOT, origin, write_result
+from bench.record import RESULTS, ROOT, origin, write_result
 from daemon.errors import DataError
 from daemon.score import open_pipeline
 from trainer.evaluate import evaluate
 
 SEEDS = (0, 1, 2)
+ELPV = ("elpv-mono", "elpv-poly")
+_ELPV_TRAIN = 300
 _KEYS = ("imageAuroc", "imageAp", "pixelAuroc", "aupro", "pixelAp", "f1AtLimit", "falseRejectRate", "escapeRate")
+_FIXED = ["--budget", "0", "--branches", "ldknn", "--size", "256", "--coreset", "4000"]
+# Options of build_engines.py for each variant; --budget-ms and --budget come from the command line.
+VARIANTS: dict[str, list[str]] = {
+    "1-NN": [*_FIXED, "--k", "9", "--alpha", "0"],
+    "LDKNN fixed": [*_FIXED, "--k", "9", "--alpha", "0.25"],
+    "LDKNN chosen": ["--branches", "ldknn", "--finetune", "off"],
+    "LDKNN chosen, DefectMaker": ["--branches", "ldknn"],
+    "repair": ["--branches", "repair", "--finetune", "off"],
+    "repair, ordinary denoising": ["--branches", "repair", "--finetune", "off", "--noise", "input-only"],
+    "repair without noise": ["--branches", "repair", "--finetune", "off", "--noise", "none"],
+    "fused": [],
+}
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
-@click.option("--sets", default="", help="Names, comma separated; default: every folder that has train/good and test.")
-@click.option("--alpha", type=float, default=0.25, show_default=True)
-@click.option("--k", type=int, default=9, show_default=True)
-@click.option("--size", type=int, default=256, show_default=True)
-@click.option("--coreset", type=int, default=4000, show_default=True)
+@click.option("--sets", default="", help="Names, comma separated; default: all in the folder, and ELPV's two.")
+@click.option("--variants", default="", help="Names, separated by a semicolon; default: all.")
+@click.option("--budget", type=float, default=2.0, show_default=True, help="Minutes, as of build_engines.py.")
+@click.option("--budget-ms", type=float, default=30.0, show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--out", default="accuracy.json", show_default=True, help="File name below bench/results.")
-def main(data: Path, sets: str, alpha: float, k: int, size: int, coreset: int, out: str) -> None:  # noqa: PLR0917
-    """Build, evaluate, write bench/results/accuracy.json."""
-    names = (
-        sets.split(",")
-        if sets
-        else sorted(path.parent.name for path in data.glob("*/train") if (path / "good").is_dir())
-    )
-    if not names:
-        raise DataError(f"{data}: found no <set>/train/good; wanted the layout that `inspectd evaluate` reads")
-    options = {"alpha": alpha, "k": k, "size": size, "coreset": coreset}
-    result: dict[str, Any] = {
-        **origin("torch", "openvino", "numpy", "scikit-learn", "opencv-python-headless"),
-        "options": options,
-        "seeds": list(SEEDS),
-        "protocol": "bank: train/good; limit: half of test/good by seed; test: the other half and all defects",
-        "sets": {},
-    }
-    for name in names:
-        runs = [one_run(data / name, options, seed) for seed in SEEDS]
-        result["sets"][name] = summarise(runs)
-        print(
-            name,
-            {key: round(value["mean"], 4) for key, value in result["sets"][name].items() if isinstance(value, dict)},
-        )
-    print(write_result(out, result).relative_to(ROOT))
+def main(*, data: Path, sets: str, variants: str, budget: float, budget_ms: float, seeds: str, out: str) -> None:
+    """Build and evaluate what is not in the result file yet, and write it after each run."""
+    found = sorted(path.parent.name for path in data.glob("*/train") if (path / "good").is_dir())
+    names = sets.split(",") if sets else [*found, *ELPV]
+    chosen = variants.split(";") if variants else list(VARIANTS)
+    unknown = [name for name in names if name not in (*found, *ELPV)] + [
+        name for name in chosen if name not in VARIANTS
+    ]
+    if unknown:
+        raise DataError(f"found {unknown}, wanted sets of {[*found, *ELPV]} and variants of {list(VARIANTS)}")
+    path = RESULTS / out
+    result: dict[str, Any] = {"runs": json.loads(path.read_text()).get("runs", {}) if path.exists() else {}}
+    for seed in map(int, seeds.split(",")):
+        for name in names:
+            for variant in chosen:
+                given = ["--budget", str(budget), "--budget-ms", str(budget_ms)]
+                one(result, data, name, variant, seed=seed, budget=given, out=out)
 
 
-def one_run(folder: Path, options: dict[str, Any], seed: int) -> dict[str, Any]:
+def one(result: dict[str, Any], data: Path, name: str, variant: str, *, seed: int, budget: list[str], out: str) -> None:
+    """One run, unless it is there; a fixed variant takes no budget."""
+    options = VARIANTS[variant] + ([] if "--budget" in VARIANTS[variant] else budget)
+    key = f"{name} | {variant} | {' '.join(options)} | seed {seed}"
+    if key in result["runs"]:
+        return
+    about = origin("torch", "openvino", "numpy", "scikit-learn", "opencv-python-headless")
+    run = one_run(data, name, options, seed)
+    result["runs"][key] = {"set": name, "variant": variant, "options": options, "seed": seed, **run, "origin": about}
+    result["summary"] = summarise(result["runs"].values())
+    write_result(out, {**about, "protocol": __doc__, **result})
+    shown = {key: round(run[key], 4) for key in ("imageAuroc", "pixelAuroc", "buildSeconds", "msAFrame") if run[key]}
+    print(key, shown, flush=True)
+
+
+def one_run(data: Path, name: str, options: list[str], seed: int) -> dict[str, Any]:
     """Build with this seed in a temporary place and evaluate; adds ms a frame and build seconds."""
-    with tempfile.TemporaryDirectory(prefix="inspectd-accuracy-") as name:
-        place = Path(name)
+    with tempfile.TemporaryDirectory(prefix="inspectd-accuracy-") as temporary:
+        place = Path(temporary)
+        folder = write_elpv(place / name, name, seed) if name in ELPV else data / name
         calibration, tested = halve(folder, place, seed)
-        command = [
-            sys.executable,
-            str(ROOT / "build_engines.py"),
-            folder.name,
-            "--good",
-            str(folder / "train" / "good"),
-        ]
-        command += ["--select", str(calibration), "--calibration", str(calibration), "--seed", str(seed)]
-        command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, str(ROOT / "build_engines.py"), name, "--good", str(folder / "train" / "good")]
+        command += ["--calibration", str(calibration), "--seed", str(seed), *options]
         started = time.monotonic()
-        built = subprocess.run(command, cwd=place, check=True, stdout=subprocess.PIPE, text=True)
+        built = subprocess.run(command, cwd=place, check=True, capture_output=True, text=True)
         build_seconds = time.monotonic() - started
         bundle = (place / built.stdout.strip().splitlines()[-1]).resolve()
         pipeline = open_pipeline(bundle, place / "keys" / "trusted.yaml")
         started = time.monotonic()
-        found = evaluate(pipeline, tested, folder.name)
-        ms_a_frame = 1000 * (time.monotonic() - started) / found["n"]
-        product = pipeline.bundle.manifest.products[folder.name]
+        found = evaluate(pipeline, tested, name)
+        manifest = pipeline.bundle.manifest
+        kept = ("settings:", "fine-tuning kept", "fine-tuning not", "repair weight", "repair: ")
         return {
             **{key: found[key] for key in _KEYS},
-            "bound95": product.bound95,
+            "n": found["n"],
+            "bound95": manifest.products[name].bound95,
             "buildSeconds": build_seconds,
-            "evaluateMsAFrame": ms_a_frame,
+            "msAFrame": 1000 * (time.monotonic() - started) / found["n"],
+            "size": manifest.preprocessing.size,
+            "said": [line for line in built.stderr.splitlines() if line.startswith(kept)],
         }
+
+
+def write_elpv(folder: Path, name: str, seed: int) -> Path:
+    """The cells of one kind as image files in the usual layout."""
+    from elpv_dataset.utils import load_dataset
+
+    images, probability, kind = load_dataset()
+    of_kind = kind == name.removeprefix("elpv-")
+    good = np.random.default_rng(seed).permutation(np.flatnonzero(of_kind & (probability == 0)))
+    parts = {"train/good": good[:_ELPV_TRAIN], "test/good": good[_ELPV_TRAIN:]}
+    parts["test/defective"] = np.flatnonzero(of_kind & (probability == 1))
+    for part, chosen in parts.items():
+        (folder / part).mkdir(parents=True)
+        for number, index in enumerate(chosen):
+            cv2.imwrite(str(folder / part / f"{number:04}.png"), images[index])
+    return folder
 
 
 def halve(folder: Path, place: Path, seed: int) -> tuple[Path, Path]:
@@ -113,13 +152,22 @@ def halve(folder: Path, place: Path, seed: int) -> tuple[Path, Path]:
     return calibration, tested
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds of whatever all runs have."""
-    summary = {}
-    for key in runs[0]:
-        values = [run[key] for run in runs]
-        known = all(value is not None for value in values)
-        summary[key] = {"mean": mean(values), "std": stdev(values), "runs": values} if known else None
+def summarise(runs: Any) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds: {set: {variant with its budget: {figure: {mean, std, seeds}}}}."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        options = run["options"]
+        budget = "" if "--k" in options else f", {options[options.index('--budget-ms') + 1]} ms"
+        groups.setdefault((run["set"], run["variant"] + budget), []).append(run)
+    summary: dict[str, Any] = {}
+    for (name, variant), members in sorted(groups.items()):
+        figures = {}
+        for key in (*_KEYS, "bound95", "buildSeconds", "msAFrame"):
+            values = [run[key] for run in members]
+            if None not in values:
+                spread = stdev(values) if len(values) > 1 else None
+                figures[key] = {"mean": mean(values), "std": spread, "seeds": len(values)}
+        summary.setdefault(name, {})[variant] = figures
     return summary
 
 

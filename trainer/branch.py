@@ -71,11 +71,9 @@ def training_corruptor(options: Options, images: Sequence[FloatArray]) -> Corrup
     return Corruptor(images, recipe, textures=textures, foreground=estimate_foreground(images))
 
 
-def train_feature_repair(
-    options: Options, site: Site, splits: Splits, draft: Draft, schedule: Schedule, *, recipe: Recipe | None = None
-) -> RepairScore:
+def train_feature_repair(options: Options, site: Site, splits: Splits, draft: Draft, schedule: Schedule) -> RepairScore:
     """Corrupt, extract, train; `schedule` in seconds covers all three."""
-    recipe = recipe or Recipe()
+    recipe = Recipe(noise=options.noise)
     started = monotonic()
     network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
     images = [read_pixels(picture, draft.preprocessing) for picture in splits.train]

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "onnx", "openvino", "numpy", "opencv-python-headless")
 _CHOICE_SHARE = 0.4  # of the budget
+_TUNING_SHARE, _SHORTEST_TUNING_S = 0.2, 60.0
+_MOST_TUNING_STEPS = 300  # REB's
 _SHORTEST_TRAINING_S = 15.0
 _PREVIEWED = 24  # images
 
@@ -51,6 +53,7 @@ class Chosen:
 
     backbone: Backbone
     choice: Choice
+    tuning: str = ""  # whether it was fine-tuned and kept, and why
 
 
 def read_images(options: Options) -> Splits:
@@ -95,6 +98,41 @@ def choose_settings(options: Options, site: Site, splits: Splits) -> Chosen:
     choice = choose.choose(backbone, splits, wishes, threads=options.threads, seed=options.seed, seconds=seconds)
     say(f"settings: {choose.in_words(choice.settings)} ({choice.reason})")
     return Chosen(backbone, choice)
+
+
+def tune_backbone(options: Options, splits: Splits, chosen: Chosen) -> Chosen:
+    """Fine-tune the backbone (DefectMaker) where there is time, and keep it only where it helps."""
+    schedule = _tuning_schedule(options)
+    if schedule is None or splits.few or "ldknn" not in options.branches:
+        return chosen
+    from trainer.choose import compare
+    from trainer.corruption import estimate_foreground
+    from trainer.features import read_pixels
+    from trainer.finetune import finetune
+
+    settings = chosen.choice.settings
+    size = dataset.network_size(splits.train, settings.long_side)
+    plain = Preprocessing(size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    images = [read_pixels(picture, plain) for picture in splits.train]
+    tuned = finetune(
+        chosen.backbone, images, schedule, seed=options.seed, foreground=estimate_foreground(images)
+    ).backbone
+    found = compare(chosen.backbone, tuned, splits, settings, threads=options.threads, seed=options.seed)
+    line = (
+        f"fine-tuning {'kept' if found.gained else 'not kept'}: merit {found.before.merit:.3f} before, "
+        f"{found.after.merit:.3f} after, standard error {found.error:.3f}"
+    )
+    say(line)
+    return Chosen(tuned if found.gained else chosen.backbone, chosen.choice, line)
+
+
+def _tuning_schedule(options: Options) -> Schedule | None:
+    if options.finetune == "off":
+        return None
+    if options.steps is not None:
+        return Schedule(steps=min(options.steps, _MOST_TUNING_STEPS)) if options.steps else None
+    seconds = _TUNING_SHARE * 60.0 * options.budget
+    return Schedule(seconds=seconds) if seconds >= _SHORTEST_TUNING_S else None
 
 
 def make_network(site: Site, splits: Splits, chosen: Chosen) -> Draft:
@@ -167,7 +205,7 @@ def train_repair(options: Options, site: Site, splits: Splits, chosen: Chosen, d
 
 def _repair_schedule(options: Options, site: Site) -> Schedule | None:
     if options.steps is not None:
-        return Schedule(steps=options.steps)
+        return Schedule(steps=options.steps) if options.steps else None
     seconds = 60.0 * options.budget - site.elapsed_s
     return Schedule(seconds=seconds) if seconds >= _SHORTEST_TRAINING_S else None
 
@@ -283,18 +321,10 @@ def write_report(
     from trainer.report import write_report as write
 
     seconds = monotonic() - site.started
+    reasons = tuple(line for line in (chosen.tuning, draft.weighing) if line)
     contents = Contents(
-        pipeline,
-        options.name,
-        splits,
-        scores,
-        draft.bank_rows,
-        seconds,
-        doubts,
-        evaluation,
-        chosen.choice,
-        draft.weighing,
-    )
+        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation, chosen.choice, reasons
+    )  # fmt: skip
     write(site.folder / "report.html", contents)
 
 

@@ -9,6 +9,7 @@ A setting costs what it would take on two reference cores (`nominal_ms`), so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -154,6 +155,33 @@ def choose(backbone: Backbone, splits: Splits, wishes: Wishes, *, threads: int, 
             top = max((trial for trial, _ in tried), key=lambda trial: trial.merit)
             say(f"choice: {in_words(top.settings)}: image {top.image_auroc:.3f}, pixel {top.pixel_auroc:.3f}")
     return _take(trials, kept, settings)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two backbones at one setting: merits, and the standard error of their difference."""
+
+    before: Trial
+    after: Trial
+    error: float
+
+    @property
+    def gained(self) -> bool:
+        return self.after.merit - self.before.merit > self.error
+
+
+def compare(
+    before: Backbone, after: Backbone, splits: Splits, settings: Settings, *, threads: int, seed: int
+) -> Comparison:
+    """The same held-out images and synthetic defects for both."""
+    wishes = Wishes(settings.long_side, settings.k, settings.alpha, settings.coreset, budget_ms=math.inf)
+    divided = _divide([*splits.train, *splits.select])
+    tried = []
+    for backbone in (before, after):
+        ground = _Ground(backbone, *divided, wishes, threads, seed)
+        tried += _try_view(ground, settings.long_side, settings.view)
+    sides = [(scores, trial.settings) for trial, scores in tried]
+    return Comparison(tried[0][0], tried[1][0], _error_of_difference(sides[0], sides[1]))
 
 
 def _divide(good: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:

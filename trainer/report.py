@@ -50,7 +50,7 @@ class Contents:
     doubts: Sequence[str]
     evaluation: Evaluation | None
     choice: Choice | None = None
-    weighing: str = ""
+    reasons: tuple[str, ...] = ()  # why fine-tuning and the repair branch were taken, or not
 
 
 def write_report(path: Path, contents: Contents) -> None:
@@ -105,8 +105,7 @@ def _choice(contents: Contents) -> str:
     if choice is None:
         return ""
     lines = [f"<h2>Settings</h2><p>{escape(in_words(choice.settings))}: {escape(choice.reason)}.</p>"]
-    if contents.weighing:
-        lines.append(f"<p>{escape(contents.weighing)}</p>")
+    lines += [f"<p>{escape(reason)}</p>" for reason in contents.reasons]
     if choice.trials:
         shown = [*choice.trials[:_TRIALS], *([choice.plain] if choice.plain not in choice.trials[:_TRIALS] else [])]
         rows = [

@@ -18,19 +18,15 @@ class Schedule:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.seconds is None):
-            raise UsageError(f"found {self.steps} steps and {self.seconds} seconds, wanted one of the two")
-        if (self.steps or 0) < 0 or (self.seconds or 0.0) < 0.0:
-            raise UsageError(f"found {self.steps} steps, {self.seconds} seconds; wanted 0 or more")
+        given = [value for value in (self.steps, self.seconds) if value is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise UsageError(f"found {self}, wanted steps or seconds, one of the two, above 0: correct the schedule")
 
     def fractions(self, done: int = 0, spent_s: float = 0.0, clock: Callable[[], float] = monotonic) -> Iterator[float]:
         """For each step still to do, the part of the training that lies behind it, in [0, 1)."""
         started = clock() - spent_s
         while True:
-            if self.steps is not None:
-                fraction = done / max(self.steps, 1) if self.steps else 1.0
-            else:
-                fraction = (clock() - started) / self.seconds if self.seconds else 1.0
+            fraction = done / self.steps if self.steps is not None else (clock() - started) / (self.seconds or 1.0)
             if fraction >= 1.0:
                 return
             yield fraction

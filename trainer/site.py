@@ -42,6 +42,8 @@ class Options:
     budget_ms: float
     budget: float
     steps: int | None
+    finetune: str
+    noise: str
     size: int | None
     k: int | None
     alpha: float | None
