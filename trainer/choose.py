@@ -212,11 +212,13 @@ def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, 
     size = dataset.network_size([*ground.banked, *ground.held], long_side)
     preprocessing = Preprocessing(size=size, mean=ground.backbone.mean, std=ground.backbone.std)
     network = FeatureNetwork(EngineNetwork(ground.backbone, view), preprocessing, ground.threads)
-    costs = {
-        rows: nominal_ms(size[0] * size[1], network.patches, rows, network.channels, with_repair=wishes.with_repair)
-        for rows in ([wishes.coreset] if wishes.coreset else CORESETS)
-    }
-    affordable = [rows for rows, cost in costs.items() if cost <= wishes.budget_ms]
+
+    def cost(rows: int) -> float:
+        pixels = size[0] * size[1]
+        return nominal_ms(pixels, network.patches, rows, network.channels, with_repair=wishes.with_repair)
+
+    wanted = [wishes.coreset] if wishes.coreset else CORESETS
+    affordable = [rows for rows in wanted if cost(rows) <= wishes.budget_ms]
     if not affordable:
         return []
     scores = _score(ground, network, preprocessing, affordable)
@@ -227,7 +229,7 @@ def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, 
                 maps = _maps(scores, rows, k, alpha)
                 image, pixel = _aurocs(maps, scores)
                 settings = Settings(long_side, view, rows, k, alpha)
-                trials.append((Trial(settings, image, pixel, costs[rows]), scores))
+                trials.append((Trial(settings, image, pixel, cost(rows)), scores))
     return trials
 
 
