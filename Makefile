@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test check format bench accuracy clean
+.PHONY: demo test check format bench accuracy limits clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,9 @@ bench: .venv/.installed  ## times through the sockets and the demo, recorded; th
 accuracy: .venv/.installed  ## make accuracy DATA=folder; what is missing in bench/results/accuracy.json; hours
 	$(BIN)/python -m bench.accuracy --data $(DATA)
 	$(BIN)/python -m bench.tables
+
+limits: .venv/.installed  ## make limits DATA=folder: does the limit keep its word; some 7 minutes
+	$(BIN)/python -m bench.limits --data $(DATA)
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
