@@ -95,7 +95,7 @@ def main(**fields: Any) -> None:
         draft = build.make_bank(options, site, splits, draft)
         draft = build.train_repair(options, site, splits, chosen, draft)
         draft = build.find_scale(options, site, splits, draft)
-        draft = build.weigh_branches(options, site, splits, draft)
+        draft = build.weigh_branches(options, site, splits, chosen, draft)
         pipeline = open_draft(options, site, draft)
         scores = build.score_good(options, site, splits, draft, pipeline)
         draft = build.set_limit(options, draft, scores)

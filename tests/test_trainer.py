@@ -532,7 +532,7 @@ def test_build_by_steps_can_be_repeated_bit_by_bit(run_here, built, bundle, part
     )  # fmt: skip
     assert not code, err
     again = open_bundle(Path(out.strip()), load_trusted(built[0] / "keys/trusted.yaml")).manifest
-    assert again.branches == bundle.manifest.branches == ["ldknn", "repair"]
+    assert again.branches == bundle.manifest.branches
     differing = [name for name, digest in again.files.items() if digest != bundle.manifest.files[name]]
     assert differing == ["report.html"]  # it tells the version and how long the build took
     assert again.fusion == bundle.manifest.fusion

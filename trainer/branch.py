@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
@@ -46,20 +47,22 @@ def load_textures(folder: Path | None) -> list[FloatArray]:
     """The folder's pictures and those of its folders, (H W 3) in 0..255, at most 512 pixels on the long side."""
     if folder is None:
         return []
-    folders = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())] if folder.is_dir() else [folder]
+    if not folder.is_dir():
+        list_images(folder)  # says what it is instead
+    places = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
     paths: list[Path] = []
-    for place in folders:
-        try:
+    for place in places:
+        with suppress(DataError):  # one with folders alone
             paths += list_images(place)
-        except DataError:
-            if place == folders[-1] and not paths:
-                raise
+    if not paths:
+        raise DataError(f"{folder}: found no pictures in it and its {len(places) - 1} folders, wanted some")
     textures = []
     for path in paths:
         pixels = read_frame(path).pixels
         scale = np.float32(1.0 / 257.0 if pixels.dtype == np.uint16 else 1.0)
         shrink = min(1.0, _TEXTURE_SIDE / max(pixels.shape[:2]))
-        small = cv2.resize(pixels, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        size = [max(1, round(shrink * side)) for side in pixels.shape[1::-1]]
+        small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         small = small.reshape(*small.shape[:2], -1).astype(np.float32) * scale
         textures.append(np.repeat(small, 3, axis=2) if small.shape[2] == 1 else small)
     return textures

@@ -59,6 +59,8 @@ class Chosen:
 def read_images(options: Options) -> Splits:
     """Check and split the good images."""
     splits = dataset.split(options.good, options.select, options.calibration, options.threads)
+    if splits.few and "ldknn" not in options.branches:
+        raise UsageError(f"found {len(splits.train)} good images, wanted {FEW_IMAGES} or more for repair alone")
     say("good images: " + ", ".join(f"{count} {name}" for name, count in splits.counts.items()))
     return splits
 
@@ -181,8 +183,6 @@ def train_repair(options: Options, site: Site, splits: Splits, chosen: Chosen, d
     if "repair" not in options.branches:
         return draft
     if splits.few:
-        if "ldknn" not in options.branches:
-            raise UsageError(f"found {len(splits.train)} good images, wanted {FEW_IMAGES} or more for repair alone")
         say(f"repair: left out with fewer than {FEW_IMAGES} good images")
         return draft
     schedule = _repair_schedule(options, site)
@@ -224,15 +224,22 @@ def find_scale(options: Options, site: Site, splits: Splits, draft: Draft) -> Dr
     return replace(draft, standardisation=found)
 
 
-def weigh_branches(options: Options, site: Site, splits: Splits, draft: Draft) -> Draft:
-    """Choose the repair branch's weight beside ldknn's on synthetic defects of the select images."""
+def weigh_branches(options: Options, site: Site, splits: Splits, chosen: Chosen, draft: Draft) -> Draft:
+    """Choose the repair branch's weight beside ldknn's on synthetic defects; with weight 0 it costs nothing either."""
     if len(draft.branches) < 2:
         return draft
     from trainer.branch import choose_weight
+    from trainer.export import EngineNetwork, export_network
 
     weight, line = choose_weight(open_draft(options, site, draft), splits.select, draft, options.seed)
     say(line)
-    return replace(draft, weights={"ldknn": 1.0, "repair": weight}, weighing=line)
+    if weight > 0.0:
+        return replace(draft, weights={"ldknn": 1.0, "repair": weight}, weighing=line)
+    export_network(
+        EngineNetwork(chosen.backbone, draft.settings.view), draft.preprocessing.size, site.folder / NETWORKS
+    )
+    kept = {"ldknn": draft.standardisation["ldknn"]}
+    return replace(draft, branches=("ldknn",), standardisation=kept, weighing=f"{line}: the branch is left out")
 
 
 def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipeline: Pipeline) -> GoodScores:
@@ -241,7 +248,8 @@ def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipel
         from trainer.few import leave_one_out
 
         scores = leave_one_out(options, site, splits.train, draft)
-        return GoodScores(scores, scores)
+        own = _score(pipeline, splits.train, "the engine's own score of the image") if len(scores) == 1 else scores
+        return GoodScores(own, scores)
     return GoodScores(
         _score(pipeline, splits.select, "scores of the select images"),
         _score(pipeline, splits.calibrate, "scores of the calibration images"),
@@ -256,6 +264,9 @@ def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatA
 def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
     """The conformal limit from the calibration scores alone."""
     product = calibrate.conformal_limit(scores.calibrate, options.false_reject)
+    if product.n == 1:
+        # One score is limit and median at once, and their distance is what golden frames are measured by.
+        product = product.model_copy(update={"medianGood": min(product.medianGood, float(scores.select[0]))})
     say(f"limit: {product.limit:.4g} (median good part {product.medianGood:.4g}), from {product.n} scores")
     return replace(draft, product=product)
 

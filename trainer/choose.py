@@ -185,13 +185,18 @@ def compare(
 
 
 def _divide(good: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
-    """(for the bank, held out): every third image is held out, evenly over the capture order, at most 30."""
-    held = [
-        good[index] for index in np.unique(np.linspace(1, len(good) - 1, min(_MOST_HELD, len(good) // 3)).astype(int))
-    ]
-    rest = [picture for picture in good if picture not in held]
-    taken = np.unique(np.linspace(0, len(rest) - 1, min(_MOST_BANK, len(rest))).astype(int))
-    return [rest[index] for index in taken], held
+    """(for the bank, held out): the last third of the capture order is held out, at most 30 images evenly of it.
+
+    Later images stand to earlier ones as the line's will stand to all of them. Held out at random instead, the
+    merit of a setting said nothing of its AUROC on real defects (docs/accuracy.md).
+    """
+    first = len(good) - len(good) // 3
+    return _evenly(good[:first], _MOST_BANK), _evenly(good[first:], _MOST_HELD)
+
+
+def _evenly(pictures: Sequence[Picture], most: int) -> list[Picture]:
+    rows = np.unique(np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int))
+    return [pictures[row] for row in rows]
 
 
 def _views(wishes: Wishes, trials: Sequence[Trial]) -> Iterator[tuple[int, View]]:
@@ -245,7 +250,7 @@ def _score(ground: _Ground, network: FeatureNetwork, preprocessing: Preprocessin
     drawn = torch.randperm(len(full), generator=generator)[:_MOST_CANDIDATE_ROWS]
     with bank.one_thread():
         core_rows = drawn[bank.choose_core(full[drawn], max(coresets), ground.seed)]
-        neighbours = [k for k in _neighbours(ground.wishes) if k < len(full)]
+        neighbours = [k for k in _neighbours(ground.wishes) if k < len(full)] or _neighbours(ground.wishes)
         densities = bank.local_densities(full, core_rows, neighbours, ground.threads).numpy()
     pictures, masks, source = _spoil([read_pixels(picture, preprocessing) for picture in ground.held], ground.seed)
     limits = sorted({min(rows_, len(core_rows)) for rows_ in coresets})

@@ -65,8 +65,15 @@ class FeatureNetwork:
 
 
 def _convert(module: Any, size: tuple[int, int]) -> Any:
+    """By the front end itself: `ov.convert_model` reports each conversion to its makers, if it can reach them."""
     import torch
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO's converter traces with torch.jit
-        return ov.convert_model(module.eval(), example_input=torch.zeros(1, 3, *size), input=[(1, 3, *size)])
+        warnings.simplefilter("ignore", DeprecationWarning)  # the decoder traces with torch.jit
+        decoder = TorchScriptPythonDecoder(module.eval(), example_input=torch.zeros(1, 3, *size))
+        front = FrontEndManager().load_by_framework("pytorch")
+        model = front.convert(front.load(decoder))
+    model.reshape([1, 3, *size])
+    return model

@@ -1,9 +1,9 @@
 """Engines from a handful of good images: small variations of them in the bank, a limit from leaving one out.
 
 With fewer than 30 images three splits would each be too small to mean anything. So all of them go into the bank,
-and each image is scored by a bank made of the others (the jackknife). That score is, if anything, too high, since its
-bank is smaller than the engine's. What n such scores can support is said in the manifest and in the report:
-1 / (n + 1) at best, 50 % for a single image, whose one score comes from a variation that the bank has not seen.
+and each image is scored by a bank made of the others (the jackknife), as if it were new. What n such scores can
+support is said in the manifest and in the report: 1 / (n + 1) at best, 50 % for a single image, whose one score comes
+from a variation that the bank has not seen.
 """
 
 from __future__ import annotations
@@ -81,10 +81,12 @@ def leave_one_out(options: Options, site: Site, pictures: Sequence[Picture], dra
     """Each image's score (n,) by an engine whose bank is made of the others; the engine's own bank is put back."""
     place = site.folder / BANK
     whole, scores = place.read_bytes(), []
-    for others, tensor in FewImages(options, site, pictures, draft).held_out():
-        place.write_bytes(others)
-        backend = open_draft(options, site, draft).backend
-        scores.append(backend.postprocess(backend.infer(tensor), draft.preprocessing.size).score)
-        backend.close()
-    place.write_bytes(whole)
+    try:
+        for others, tensor in FewImages(options, site, pictures, draft).held_out():
+            place.write_bytes(others)
+            backend = open_draft(options, site, draft).backend
+            scores.append(backend.postprocess(backend.infer(tensor), draft.preprocessing.size).score)
+            backend.close()
+    finally:
+        place.write_bytes(whole)
     return np.array(scores, np.float32)

@@ -1,0 +1,312 @@
+"""The choice of settings: its measures, its search, and that it never does worse than plain 1-NN."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from examples.parts import render_part
+from trainer import choose as choosing
+from trainer import features
+from trainer.backbone import Backbone
+from trainer.choose import FEWEST, Trial, Wishes, auroc, choose, in_words, nominal_ms
+from trainer.dataset import Picture, Splits
+from trainer.settings import Settings, View
+
+
+class Tiny(nn.Module):
+    """Random filters: maps of stride 8 and 16."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 8, 8, 12, 12)
+        self.layers = nn.ModuleList(nn.Conv2d(*pair, 3, 2, 1) for pair in pairwise(widths))
+
+    def forward(self, image):
+        maps = [image]
+        for layer in self.layers:
+            maps.append(torch.relu(layer(maps[-1])))
+        return maps[3:]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        network = Tiny()
+        for layer in network.layers:
+            nn.init.kaiming_normal_(layer.weight)
+    return Backbone("tiny", network.eval().requires_grad_(False), (127.5,) * 3, (127.5,) * 3)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("parts"), []
+    for seed in range(16):
+        path = folder / f"{seed}.png"
+        assert cv2.imwrite(str(path), render_part(seed, size_hw=(64, 64))[0])
+        found.append(Picture(path, (64, 64), str(seed)))
+    return found
+
+
+SMALL_GRID = {
+    "SIZES": (64, 128), "CORESETS": (50, 200), "NEIGHBOURS": (1, 5), "ALPHAS": (0.0, 0.25, 1.0), "_REDRAWS": 50,
+}  # fmt: skip
+
+
+@pytest.fixture
+def _small_grid(monkeypatch):
+    for name, values in SMALL_GRID.items():
+        monkeypatch.setattr(choosing, name, values)
+
+
+@pytest.fixture(scope="module")
+def whole(backbone, pictures):
+    """The choice on the whole small grid."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, values in SMALL_GRID.items():
+            patch.setattr(choosing, name, values)
+        return run(backbone, few(pictures))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _converted_once():
+    """The conversion to OpenVINO takes most of a try; here there is one network, so once for each view and size."""
+    kept, convert = {}, features._convert
+
+    def convert_once(module, size):
+        key = (module._view, size)
+        if key not in kept:
+            kept[key] = convert(module, size)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_convert", convert_once)
+        yield
+
+
+def few(pictures):
+    whole = tuple(pictures)
+    return Splits(whole, whole, whole, (), few=True)
+
+
+def run(backbone, splits, seconds=math.inf, **wishes):
+    return choose(backbone, splits, Wishes(**wishes), threads=1, seed=0, seconds=seconds)
+
+
+# Measures
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=60))
+def test_auroc_is_sklearns_with_ties(rows):
+    values, positive = np.array([row[0] for row in rows], np.float32), np.array([row[1] for row in rows])
+    one_class = positive.all() or not positive.any()
+    wanted = 0.5 if one_class else roc_auc_score(positive, values)
+    assert auroc(values, positive) == pytest.approx(wanted)
+
+
+def test_auroc_of_real_values():
+    rng = np.random.default_rng(0)
+    positive = rng.random(500) < 0.3
+    values = (rng.normal(size=500) + positive).astype(np.float32)
+    assert auroc(values, positive) == pytest.approx(roc_auc_score(positive, values))
+    assert auroc(positive.astype(np.float32), positive) == 1.0
+
+
+@pytest.mark.parametrize("limits", [[40], [1, 7, 40], [5, 20, 33, 40]])
+def test_nested_search_finds_the_nearest_of_each_limit(limits):
+    generator = torch.Generator().manual_seed(0)
+    queries, core = torch.randn(30, 6, generator=generator), torch.randn(40, 6, generator=generator)
+    queries[:10] = core[:10]  # distance 0
+    found = choosing._nested_nearest(queries, core, core.square().sum(1) / -2, limits)
+    assert list(found) == limits
+    for limit, (nearest, distance) in found.items():
+        wanted = (queries[:, None].double() - core[None, :limit].double()).square().sum(2).min(1)
+        np.testing.assert_array_equal(nearest, wanted.indices)
+        np.testing.assert_allclose(distance, wanted.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [FEWEST, 13, 29, 60, 100, 500])
+def test_the_last_third_in_capture_order_is_held_out(count):
+    good = [Picture(Path(f"{index}.png"), (8, 8), str(index)) for index in range(count)]
+    banked, held = ([int(picture.path.stem) for picture in part] for part in choosing._divide(good))
+    first = count - count // 3
+    assert (len(held), len(banked)) == (min(30, count // 3), min(80, first))
+    for part, start, end in ((banked, 0, first), (held, first, count)):
+        assert (part[0], part[-1]) == (start, end - 1)
+        assert part == sorted(set(part))
+        assert max(np.diff(part)) <= 2 * (end - start) / len(part) + 1  # evenly over its stretch
+
+
+def test_cost_grows_with_everything_that_it_counts():
+    base = {"pixels": 256 * 256, "patches": 1024, "rows": 4000, "channels": 152}
+    plain = nominal_ms(**base, with_repair=False)
+    assert plain > 0
+    assert nominal_ms(**base, with_repair=True) > plain
+    for name, value in base.items():
+        assert nominal_ms(**(base | {name: 2 * value}), with_repair=False) > plain
+
+
+# When there is nothing to choose
+
+
+def test_what_is_all_given_is_not_tried(pictures):
+    choice = run(None, few(pictures), long_side=96, k=5, alpha=0.5, coreset=123)  # not even a backbone
+    assert choice.settings == Settings(96, View(), 123, 5, 0.5)
+    assert choice.trials == ()
+    assert "given on the command line" in choice.reason
+
+
+def test_few_images_take_plain_nearest_neighbour(pictures):
+    choice = run(None, few(pictures[: FEWEST - 1]))
+    assert choice.settings.alpha == 0.0
+    assert "too few to choose on" in choice.reason
+    assert f"{FEWEST - 1} images" in choice.reason
+    assert run(None, few(pictures[:3]), alpha=0.5, long_side=64).settings == Settings(long_side=64, alpha=0.5)
+
+
+def test_calibration_images_are_not_looked_at(pictures):
+    splits = Splits(tuple(pictures[:8]), tuple(pictures[8:11]), tuple(pictures), ())
+    assert "11 images" in run(None, splits).reason
+
+
+def test_nothing_affordable_gives_the_defaults_and_says_so(backbone, pictures):
+    choice = run(backbone, few(pictures), budget_ms=0.01, long_side=64)
+    assert choice.settings == Settings(long_side=64)
+    assert choice.trials == ()
+    assert "--budget-ms" in choice.reason
+
+
+# The rule of one standard error, on made-up trials
+
+
+def scores(plain, corrected):
+    """One pixel an image: 20 good images and 20 defects of them; K 1 at alpha 1 turns `plain` into `corrected`."""
+    good_then_bad = np.r_[np.zeros(20, bool), np.ones(20, bool)]
+    column = [np.asarray(values, np.float32)[:, None] for values in (plain, np.subtract(plain, corrected))]
+    return choosing._Scores(
+        {100: column[0]}, {(100, 1): column[1]}, good_then_bad[:, None], np.r_[np.arange(20), np.arange(20)],
+        good_then_bad,
+    )  # fmt: skip
+
+
+def take(plain, corrected):
+    made = scores(plain, corrected)
+    trials = []
+    for alpha in (0.0, 1.0):
+        maps = choosing._maps(made, 100, 1, alpha)
+        trials.append(Trial(Settings(64, View(), 100, 1, alpha), *choosing._aurocs(maps, made), 1.0))
+    return choosing._take(trials, {trial.settings: (made, trial.settings) for trial in trials}, Settings())
+
+
+SEPARATE = np.r_[np.arange(20), 100 + np.arange(20)]
+MIXED = np.random.default_rng(0).permutation(40)
+
+
+def test_equal_merits_take_plain():
+    choice = take(MIXED, MIXED)
+    assert choice.settings.alpha == 0.0
+    assert choice.plain is not None
+    assert choice.settings == choice.plain.settings
+    assert "plain 1-NN" in choice.reason
+
+
+def test_clear_gain_takes_the_best():
+    choice = take(MIXED, SEPARATE)
+    assert choice.settings.alpha == 1.0
+    assert choice.plain is not None
+    assert choice.trials[0].merit == 1.0 > choice.plain.merit
+    assert "over plain 1-NN" in choice.reason
+
+
+def test_gain_within_the_error_takes_plain():
+    nearly = MIXED.copy()
+    low = int(np.argmin(nearly[20:])) + 20
+    nearly[low] = nearly[low] + 5  # one defect a little higher
+    choice = take(MIXED, nearly)
+    assert choice.trials[0].settings.alpha == 1.0  # it is better, but by less than chance would explain
+    assert choice.settings.alpha == 0.0
+    assert "within the standard error" in choice.reason
+
+
+def test_loss_takes_plain():
+    assert take(SEPARATE, MIXED).settings.alpha == 0.0
+
+
+def test_without_plain_in_the_grid_the_best_is_taken():
+    made = scores(MIXED, SEPARATE)
+    trials = [
+        Trial(Settings(64, View(), 100, 1, 0.5), 0.7, 0.6, 1.0),
+        Trial(Settings(64, View(), 100, 1, 1.0), 0.9, 0.9, 1.0),
+    ]
+    choice = choosing._take(trials, {trial.settings: (made, trial.settings) for trial in trials}, Settings())
+    assert choice.settings.alpha == 1.0
+    assert choice.plain is None
+
+
+def test_no_trials_give_the_defaults():
+    assert choosing._take([], {}, Settings(k=3)).settings == Settings(k=3)
+
+
+# The whole choice
+
+
+@pytest.mark.usefixtures("_small_grid")
+def test_choice_can_be_repeated_and_is_never_worse_than_plain(backbone, pictures, whole):
+    choice = run(backbone, few(pictures))
+    assert choice == whole
+    assert choice.plain is not None
+    by_settings = {trial.settings: trial for trial in choice.trials}
+    assert len(by_settings) == len(choice.trials)
+    assert by_settings[choice.settings].merit >= choice.plain.merit
+    assert choice.plain.settings.alpha == 0.0
+    assert [trial.merit for trial in choice.trials] == sorted((trial.merit for trial in choice.trials), reverse=True)
+    views = {
+        (trial.settings.long_side, trial.settings.view.exposure, trial.settings.view.tiles) for trial in choice.trials
+    }
+    assert {(64, "as-is", "none"), (64, "levelled", "none")} <= views
+    assert {(side, tiles) for side, _, tiles in views} == {(64, "none"), (128, "none"), (128, "2x2")}
+    assert in_words(choice.settings).startswith(f"{choice.settings.long_side} pixels")
+    assert 0.5 < choice.trials[0].image_auroc <= 1.0
+    assert 0.5 < choice.trials[0].pixel_auroc <= 1.0
+
+
+@pytest.mark.usefixtures("_small_grid")
+def test_no_trial_costs_more_than_a_frame_may_take(backbone, pictures, whole):
+    costs = sorted({trial.nominal_ms for trial in whole.trials if trial.settings.long_side == 64})
+    budget = (costs[0] + costs[-1]) / 2
+    choice = run(backbone, few(pictures), long_side=64, budget_ms=budget)
+    assert choice.trials
+    assert max(trial.nominal_ms for trial in choice.trials) <= budget < costs[-1]
+
+
+@pytest.mark.usefixtures("_small_grid")
+def test_wishes_are_kept_and_the_rest_is_chosen(backbone, pictures):
+    choice = run(backbone, few(pictures), long_side=64, k=5, alpha=0.25)
+    tried = {(trial.settings.long_side, trial.settings.k, trial.settings.alpha) for trial in choice.trials}
+    assert tried == {(64, 5, 0.25)}
+    assert {trial.settings.coreset for trial in choice.trials} == {50, 200}
+    assert "ruled out" in choice.reason
+
+
+@pytest.mark.usefixtures("_small_grid")
+def test_bank_smaller_than_the_coresets_of_the_grid_is_tried_whole(backbone, pictures, monkeypatch):
+    monkeypatch.setattr(choosing, "CORESETS", (50, 5000))
+    choice = run(backbone, few(pictures), long_side=64)
+    assert {trial.settings.coreset for trial in choice.trials} == {50, 11 * 64}
+
+
+@pytest.mark.usefixtures("_small_grid")
+def test_no_time_leaves_the_first_view_alone(backbone, pictures):
+    choice = run(backbone, few(pictures), seconds=0.0)
+    assert {(trial.settings.long_side, trial.settings.view) for trial in choice.trials} == {(64, View())}
