@@ -22,7 +22,7 @@ from daemon.errors import DataError
 from daemon.inspection.backend.cpu import smoothing_operator
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
-from trainer.choose import auroc
+from trainer.choose import auroc, standard_error
 from trainer.corruption import CHOICE, TRAINING, Corruptor, estimate_foreground
 from trainer.dataset import Picture, Splits, list_images, read_frame
 from trainer.draft import Draft
@@ -39,7 +39,6 @@ _FEATURE_BYTES = 1_200_000_000
 _FEATURE_SHARE = 0.25  # of the time to train
 _WEIGHING_DEFECTS = 10  # of each select image
 _MAP_STEP = 8
-_REDRAWS = 200
 _TEXTURE_SIDE = 512
 
 
@@ -148,7 +147,7 @@ def choose_weight(pipeline: Pipeline, pictures: Sequence[Picture], draft: Draft,
         merits[weight] = 0.5 * (auroc(fused.max(1), defective) + auroc(fused.ravel(), truth.ravel()))
     best = max(merits, key=lambda weight: merits[weight])
     plain, fused = maps["ldknn"], maps["ldknn"] + np.float32(best) * maps["repair"]
-    error = _standard_error(fused.max(1), plain.max(1), defective, source)
+    error = standard_error(fused.max(1), plain.max(1), defective, source)
     gain = merits[best] - merits[0.0]
     taken = best if gain > error else 0.0
     tried = ", ".join(f"{weight:g}: {merit:.3f}" for weight, merit in merits.items())
@@ -181,14 +180,3 @@ def _branch_maps(
             truth.append(cv2.resize(mask.astype(np.float32), shape, interpolation=cv2.INTER_AREA).ravel() > 0.25)
             source.append(index)
     return {branch: np.stack(values) for branch, values in maps.items()}, np.stack(truth), np.array(source)
-
-
-def _standard_error(one: FloatArray, other: FloatArray, defective: BoolArray, source: np.ndarray) -> float:
-    """Of the difference of the two image AUROCs, by a paired bootstrap over the source images."""
-    members = [np.flatnonzero(source == index) for index in np.unique(source)]
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(_REDRAWS):
-        rows = np.concatenate([members[index] for index in rng.integers(len(members), size=len(members))])
-        found.append(auroc(one[rows], defective[rows]) - auroc(other[rows], defective[rows]))
-    return float(np.std(found))

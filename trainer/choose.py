@@ -354,20 +354,22 @@ def _same_input(one: Settings, other: Settings) -> bool:
 
 
 def _error_of_difference(one: tuple[_Scores, Settings], other: tuple[_Scores, Settings]) -> float:
-    """Standard error of the difference of image AUROC, by a bootstrap over the held-out images (paired)."""
-    sides = []
-    for scores, settings in (one, other):
-        maps = _maps(scores, settings.coreset, settings.k, settings.alpha)
-        sides.append((maps.max(1), scores))
-    source, truth = sides[0][1].source, sides[0][1].is_defective
-    images = int(source.max()) + 1
-    members = [np.flatnonzero(source == index) for index in range(images)]
+    """Standard error of the difference of two settings' image AUROC."""
+    first, second = (
+        _maps(scores, settings.coreset, settings.k, settings.alpha).max(1) for scores, settings in (one, other)
+    )
+    return standard_error(first, second, one[0].is_defective, one[0].source)
+
+
+def standard_error(one: FloatArray, other: FloatArray, is_defective: BoolArray, source: np.ndarray) -> float:
+    """Of the difference of two image AUROCs on the same images (n,), by a paired bootstrap over their sources."""
+    members = [np.flatnonzero(source == index) for index in np.unique(source)]
     rng = np.random.default_rng(0)
-    differences = []
+    found = []
     for _ in range(_REDRAWS):
-        rows = np.concatenate([members[index] for index in rng.integers(images, size=images)])
-        differences.append(auroc(sides[0][0][rows], truth[rows]) - auroc(sides[1][0][rows], truth[rows]))
-    return float(np.std(differences))
+        rows = np.concatenate([members[index] for index in rng.integers(len(members), size=len(members))])
+        found.append(auroc(one[rows], is_defective[rows]) - auroc(other[rows], is_defective[rows]))
+    return float(np.std(found))
 
 
 def in_words(settings: Settings) -> str:
