@@ -383,6 +383,7 @@ def test_build_ends_with_the_bundles_folder_and_speaks_on_stderr(built, bundle):
     assert done.stdout.count("\n") == 1
     assert folder == place / "engines/part" / bundle.manifest.version
     assert "good images: 22 train, 2 select, 12 calibrate" in done.stderr
+    assert "ms here, --budget-ms is 30" in done.stderr
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted(["current", folder.name])
     assert (folder.parent / "current").readlink() == Path(folder.name)
 
