@@ -53,9 +53,9 @@ def table() -> str:
 
 def _accuracy_row(name: str, variants: dict[str, Any]) -> tuple[str, str]:
     """Plain 1-NN, and the fullest engine that was measured."""
-    shown = [variants["1-NN"], variants[_fullest(variants)]]
-    words = [f"{_figure(found, 'imageAuroc')} / {_figure(found, 'pixelAuroc')}" for found in shown]
-    return f"{name}: image / pixel AUROC, plain 1-NN; {_fullest(variants)}", "; ".join(words)
+    shown = list(dict.fromkeys(["1-NN", _fullest(variants)]))
+    words = [f"{_figure(variants[key], 'imageAuroc')} / {_figure(variants[key], 'pixelAuroc')}" for key in shown]
+    return f"{name}: image / pixel AUROC, {'; '.join(shown)}", "; ".join(words)
 
 
 def _fullest(variants: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 REB's authors call the choice of K an open problem (Lyu et al. 2023, section 5); with a thinned bank the density
 correction can win five points or lose twenty. So every setting is tried on defects whose shapes and fills no
 network was trained on (corruption.CHOICE), and plain 1-NN (alpha = 0) stands in the grid: another setting is taken
-only where it is better by more than the standard error of the difference. Merit: the mean of image and pixel AUROC.
+only where its merit (the mean of image and pixel AUROC) is better by more than the standard error of the difference
+of the image AUROCs, which is the noisier of the two.
 A setting costs what it would take on two reference cores (`nominal_ms`), so that the choice can be repeated anywhere.
 """
 

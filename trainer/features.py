@@ -7,7 +7,6 @@ corruption model works on. The daemon's own resize and normalisation make them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,13 +53,6 @@ class FeatureNetwork:
         except RuntimeError as error:
             raise DeviceError(f"OpenVINO cannot run the feature network: {error}") from error
         features: FloatArray = self._request.get_output_tensor(0).data
-        return features
-
-    def run_all(self, pictures: Sequence[FloatArray], kind: type[np.floating[Any]] = np.float32) -> FloatArray:
-        """(N P C) of N pictures."""
-        features = np.empty((len(pictures), self.patches, self.channels), kind)
-        for row, pixels in enumerate(pictures):
-            features[row] = self.run(pixels)
         return features
 
 
