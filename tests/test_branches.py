@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -23,7 +22,7 @@ from daemon.inspection.pipeline import Pipeline
 from daemon.keys import load_trusted, make_signing_key
 from daemon.types import Frame
 from tests import bundles, reference
-from trainer.backbone import Backbone
+from tests.toys import tiny_backbone
 from trainer.branch import load_textures
 from trainer.export import EngineNetwork, export_network
 from trainer.repair import RepairNet, RepairScore
@@ -33,29 +32,9 @@ SIZE = (64, 96)
 GRID = (8, 12)
 
 
-class Tiny(nn.Module):
-    """Random filters: maps of stride 8 and 16."""
-
-    def __init__(self):
-        super().__init__()
-        widths = (3, 8, 8, 12, 12)
-        self.layers = nn.ModuleList(nn.Conv2d(*pair, 3, 2, 1) for pair in pairwise(widths))
-
-    def forward(self, image):
-        maps = [image]
-        for layer in self.layers:
-            maps.append(torch.relu(layer(maps[-1])))
-        return maps[3:]
-
-
 @pytest.fixture(scope="module")
 def backbone():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        network = Tiny()
-        for layer in network.layers:
-            nn.init.kaiming_normal_(layer.weight)
-    return Backbone("tiny", network.eval().requires_grad_(False), (120.0, 125.0, 130.0), (60.0, 62.0, 64.0))
+    return tiny_backbone((120.0, 125.0, 130.0), (60.0, 62.0, 64.0))
 
 
 @pytest.fixture(scope="module")

@@ -19,26 +19,23 @@ import torch
 
 from daemon.bundle import NETWORKS
 from daemon.errors import DataError
-from daemon.inspection.backend.cpu import smoothing_operator
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
-from trainer.choose import auroc, standard_error
-from trainer.corruption import CHOICE, TRAINING, Corruptor, estimate_foreground
+from trainer.corruption import TRAINING, Corruptor, estimate_foreground
 from trainer.dataset import Picture, Splits, list_images, read_frame
 from trainer.draft import Draft
 from trainer.features import FeatureNetwork, normalised, read_pixels
+from trainer.merit import SampledMap, Truth, find_merit, is_better, spoil, standard_error
 from trainer.progress import say, track
 from trainer.repair import FeatureSampler, Recipe, RepairScore, train
 from trainer.schedule import Schedule
 from trainer.settings import WEIGHTS
-from trainer.shapes import BoolArray
 from trainer.site import Options, Site
 
 _CORRUPTIONS = 6  # of each image
 _FEATURE_BYTES = 1_200_000_000
 _FEATURE_SHARE = 0.25  # of the time to train
 _WEIGHING_DEFECTS = 10  # of each select image
-_MAP_STEP = 8
 _TEXTURE_SIDE = 512
 
 
@@ -135,48 +132,31 @@ def _fingerprint(options: Options, splits: Splits, draft: Draft, recipe: Recipe)
 def choose_weight(pipeline: Pipeline, pictures: Sequence[Picture], draft: Draft, seed: int) -> tuple[float, str]:
     """The repair branch's weight beside 1 for ldknn, and a line that says why; closes the pipeline's backend.
 
-    Merit is the mean of image and pixel AUROC on synthetic defects; a weight above 0 must be better than 0 by more
-    than the standard error of the difference, else the branch is not heard.
+    0 unless another weight is better beyond doubt on synthetic defects (merit.is_better).
     """
-    maps, truth, source = _branch_maps(pipeline, pictures, draft, seed)
+    maps, truth = _branch_maps(pipeline, pictures, draft, seed)
     pipeline.backend.close()
-    defective = truth.any(1)
-    merits = {}
-    for weight in WEIGHTS:
-        fused = maps["ldknn"] + np.float32(weight) * maps["repair"]
-        merits[weight] = 0.5 * (auroc(fused.max(1), defective) + auroc(fused.ravel(), truth.ravel()))
-    best = max(merits, key=lambda weight: merits[weight])
-    plain, fused = maps["ldknn"], maps["ldknn"] + np.float32(best) * maps["repair"]
-    error = standard_error(fused.max(1), plain.max(1), defective, source)
-    gain = merits[best] - merits[0.0]
-    taken = best if gain > error else 0.0
-    tried = ", ".join(f"{weight:g}: {merit:.3f}" for weight, merit in merits.items())
+    fused = {weight: maps["ldknn"] + np.float32(weight) * maps["repair"] for weight in WEIGHTS}
+    merits = {weight: find_merit(values, truth) for weight, values in fused.items()}
+    best = max(merits, key=lambda weight: merits[weight].value)
+    error = standard_error(fused[best], fused[0.0], truth)
+    taken = best if is_better(merits[best], merits[0.0], error) else 0.0
+    tried = ", ".join(f"{weight:g}: {merit.value:.3f}" for weight, merit in merits.items())
     return taken, f"repair weight {taken:g} (merit by weight {tried}; standard error {error:.3f})"
 
 
 def _branch_maps(
     pipeline: Pipeline, pictures: Sequence[Picture], draft: Draft, seed: int
-) -> tuple[dict[str, FloatArray], BoolArray, np.ndarray]:
-    """Standardised smoothed maps (images, pixels) of each branch, the truth, and each image's source."""
-    size = draft.preprocessing.size
+) -> tuple[dict[str, FloatArray], Truth]:
+    """Standardised sampled maps (images, pixels) of each branch, and the truth."""
     good = [read_pixels(picture, draft.preprocessing) for picture in pictures]
-    corruptor = Corruptor(good, CHOICE, foreground=estimate_foreground(good))
-    sigma = pipeline.bundle.manifest.fusion.smoothingSigma
-    rows = smoothing_operator(size[0], draft.grid[0], sigma)[_MAP_STEP // 2 :: _MAP_STEP]
-    columns = smoothing_operator(size[1], draft.grid[1], sigma)[_MAP_STEP // 2 :: _MAP_STEP].T
+    spoilt = spoil(good, each=_WEIGHING_DEFECTS, seed=seed)
+    sampled = SampledMap(draft.preprocessing.size, draft.grid, pipeline.bundle.manifest.fusion.smoothingSigma)
     maps: dict[str, list[FloatArray]] = {"repair": [], "ldknn": []}
-    truth, source = [], []
-    for index, image in enumerate(good):
-        rng = np.random.default_rng((seed, index))
-        made = [corruptor.corrupt(index, rng) for _ in range(_WEIGHING_DEFECTS)]
-        views = [(image, np.zeros(size, bool)), *((item.pixels, item.mask) for item in made)]
-        for pixels, mask in views:
-            outputs = pipeline.backend.infer(normalised(pixels, draft.preprocessing))
-            for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
-                standard = draft.standardisation[branch]
-                scores = (output.values.reshape(draft.grid) - standard.centre) / standard.scale  # type: ignore[union-attr]
-                maps[branch].append((rows @ scores.astype(np.float32) @ columns).ravel())
-            shape = (columns.shape[1], len(rows))
-            truth.append(cv2.resize(mask.astype(np.float32), shape, interpolation=cv2.INTER_AREA).ravel() > 0.25)
-            source.append(index)
-    return {branch: np.stack(values) for branch, values in maps.items()}, np.stack(truth), np.array(source)
+    for pixels in spoilt.pictures:
+        outputs = pipeline.backend.infer(normalised(pixels, draft.preprocessing))
+        for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
+            standard = draft.standardisation[branch]
+            scores = (output.values - standard.centre) / standard.scale  # type: ignore[union-attr]
+            maps[branch].append(sampled.sample(scores.astype(np.float32)))
+    return {branch: np.stack(values) for branch, values in maps.items()}, sampled.truth(spoilt)

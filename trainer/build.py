@@ -123,8 +123,8 @@ def tune_backbone(options: Options, splits: Splits, chosen: Chosen) -> Chosen:
     ).backbone
     found = compare(chosen.backbone, tuned, splits, settings, threads=options.threads, seed=options.seed)
     line = (
-        f"fine-tuning {'kept' if found.gained else 'not kept'}: merit {found.before.merit:.3f} before, "
-        f"{found.after.merit:.3f} after, standard error {found.error:.3f}"
+        f"fine-tuning {'kept' if found.gained else 'not kept'}: merit {found.before.merit.value:.3f} before, "
+        f"{found.after.merit.value:.3f} after, standard error {found.error:.3f}"
     )
     say(line)
     return Chosen(tuned if found.gained else chosen.backbone, chosen.choice, line)

@@ -1,38 +1,32 @@
 """Settings chosen from good images alone: held-out good images against the same ones with synthetic defects.
 
 REB's authors call the choice of K an open problem (Lyu et al. 2023, section 5); with a thinned bank the density
-correction can win five points or lose twenty. So every setting is tried on defects whose shapes and fills no
-network was trained on (corruption.CHOICE), and plain 1-NN (alpha = 0) stands in the grid: another setting is taken
-only where its merit (the mean of image and pixel AUROC) is better by more than the standard error of the difference
-of the image AUROCs, which is the noisier of the two.
+correction can win five points or lose twenty. So every setting is tried on synthetic defects, and plain 1-NN
+(alpha = 0) stands in the grid: another setting is taken only where it is better beyond doubt (merit.is_better).
 A setting costs what it would take on two reference cores (`nominal_ms`), so that the choice can be repeated anywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from daemon.bundle import Preprocessing
-from daemon.inspection.backend.cpu import smoothing_operator
 from daemon.types import FloatArray
 from trainer import bank, dataset
 from trainer.calibrate import smoothing_sigma
-from trainer.corruption import CHOICE, Corruptor, estimate_foreground
 from trainer.dataset import Picture, Splits
 from trainer.export import EngineNetwork
 from trainer.features import FeatureNetwork, read_pixels
+from trainer.merit import Merit, SampledMap, Truth, find_merit, is_better, spoil, standard_error
 from trainer.progress import say
 from trainer.settings import ALPHAS, CORESETS, NEIGHBOURS, SIZES, Settings, View
-from trainer.shapes import BoolArray
 
 if TYPE_CHECKING:
     from trainer.backbone import Backbone
@@ -41,8 +35,6 @@ FEWEST = 12  # train and select images together; with fewer there is nothing to 
 _MOST_BANK, _MOST_HELD = 80, 30  # images
 _DEFECTS = 3  # of each held-out image
 _MOST_CANDIDATE_ROWS = 60_000
-_MAP_STEP = 8  # every 8th pixel of the smoothed map stands for its surroundings
-_REDRAWS = 200  # of the bootstrap
 # Milliseconds on the reference machine (two Xeon cores with AVX-512, OpenVINO f32), see bench/results/line.json.
 _NETWORK_MS, _REPAIR_MS = 4.7 / 256**2, 5.0 / 1024  # a pixel; a patch
 _MACS_A_MS = 81e6
@@ -54,13 +46,8 @@ class Trial:
     """One setting and how it did on synthetic defects."""
 
     settings: Settings
-    image_auroc: float
-    pixel_auroc: float
+    merit: Merit
     nominal_ms: float
-
-    @property
-    def merit(self) -> float:
-        return 0.5 * (self.image_auroc + self.pixel_auroc)
 
 
 @dataclass(frozen=True)
@@ -110,16 +97,20 @@ class _Ground:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Smoothed maps (images, pixels) of held-out images and of their synthetic defects, and the truth.
+    """Sampled maps (images, pixels) of held-out images and of their synthetic defects, and the truth.
 
     `distance` for each coreset; `density` for each coreset and K: a setting's map is distance - alpha * density.
     """
 
     distance: dict[int, FloatArray]
     density: dict[tuple[int, int], FloatArray]
-    mask: BoolArray  # (images, pixels); a good image's is all False
-    source: np.ndarray  # (images,): which held-out image it is, or is made of
-    is_defective: BoolArray  # (images,)
+    truth: Truth
+
+    def maps(self, settings: Settings) -> FloatArray:
+        distance = self.distance[settings.coreset]
+        if not settings.alpha:
+            return distance
+        return distance - np.float32(settings.alpha) * self.density[settings.coreset, settings.k]
 
 
 def nominal_ms(pixels: int, patches: int, rows: int, channels: int, *, with_repair: bool) -> float:
@@ -140,7 +131,7 @@ def choose(backbone: Backbone, splits: Splits, wishes: Wishes, *, threads: int, 
     ground = _Ground(backbone, *_divide(good), wishes, threads, seed)
     started, longest = monotonic(), 0.0
     trials: list[Trial] = []
-    kept: dict[Settings, tuple[_Scores, Settings]] = {}
+    kept: dict[Settings, _Scores] = {}
     for long_side, view in _views(wishes, trials):
         # The cost of a view grows with its pixels; one that would not be done in time is not begun.
         if trials and monotonic() - started + longest * (long_side / SIZES[0]) ** 2 > seconds:
@@ -151,10 +142,11 @@ def choose(backbone: Backbone, splits: Splits, wishes: Wishes, *, threads: int, 
         longest = max(longest, (monotonic() - began) * (SIZES[0] / long_side) ** 2)
         for trial, scores in tried:
             trials.append(trial)
-            kept[trial.settings] = (scores, trial.settings)
+            kept[trial.settings] = scores
         if tried:
-            top = max((trial for trial, _ in tried), key=lambda trial: trial.merit)
-            say(f"choice: {in_words(top.settings)}: image {top.image_auroc:.3f}, pixel {top.pixel_auroc:.3f}")
+            top = max((trial for trial, _ in tried), key=lambda trial: trial.merit.value)
+            merit = top.merit
+            say(f"choice: {in_words(top.settings)}: image {merit.image_auroc:.3f}, pixel {merit.pixel_auroc:.3f}")
     return _take(trials, kept, settings)
 
 
@@ -168,7 +160,7 @@ class Comparison:
 
     @property
     def gained(self) -> bool:
-        return self.after.merit - self.before.merit > self.error
+        return is_better(self.after.merit, self.before.merit, self.error)
 
 
 def compare(
@@ -181,8 +173,8 @@ def compare(
     for backbone in (before, after):
         ground = _Ground(backbone, *divided, wishes, threads, seed)
         tried += _try_view(ground, settings.long_side, settings.view)
-    sides = [(scores, trial.settings) for trial, scores in tried]
-    return Comparison(tried[0][0], tried[1][0], _error_of_difference(sides[0], sides[1]))
+    first, second = (scores.maps(trial.settings) for trial, scores in tried)
+    return Comparison(tried[0][0], tried[1][0], standard_error(first, second, tried[0][1].truth))
 
 
 def _divide(good: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
@@ -205,7 +197,7 @@ def _views(wishes: Wishes, trials: Sequence[Trial]) -> Iterator[tuple[int, View]
     sizes = [wishes.long_side] if wishes.long_side else list(SIZES)
     for exposure in ("as-is", "levelled"):
         yield sizes[0], View(exposure)
-    best = max(trials, key=lambda trial: trial.merit).settings.view if trials else View()
+    best = max(trials, key=lambda trial: trial.merit.value).settings.view if trials else View()
     for size in sizes[1:]:
         yield size, best
         if size % 64 == 0 and size >= 2 * SIZES[0]:
@@ -232,10 +224,8 @@ def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, 
     for rows in sorted(scores.distance):
         for alpha in [wishes.alpha] if wishes.alpha is not None else ALPHAS:
             for k in _neighbours(wishes)[: None if alpha else 1]:
-                maps = _maps(scores, rows, k, alpha)
-                image, pixel = _aurocs(maps, scores)
                 settings = Settings(long_side, view, rows, k, alpha)
-                trials.append((Trial(settings, image, pixel, cost(rows)), scores))
+                trials.append((Trial(settings, find_merit(scores.maps(settings), scores.truth), cost(rows)), scores))
     return trials
 
 
@@ -253,44 +243,25 @@ def _score(ground: _Ground, network: FeatureNetwork, preprocessing: Preprocessin
         core_rows = drawn[bank.choose_core(full[drawn], max(coresets), ground.seed)]
         neighbours = [k for k in _neighbours(ground.wishes) if k < len(full)] or _neighbours(ground.wishes)
         densities = bank.local_densities(full, core_rows, neighbours, ground.threads).numpy()
-    pictures, masks, source = _spoil([read_pixels(picture, preprocessing) for picture in ground.held], ground.seed)
+    spoilt = spoil([read_pixels(picture, preprocessing) for picture in ground.held], each=_DEFECTS, seed=ground.seed)
     limits = sorted({min(rows_, len(core_rows)) for rows_ in coresets})
-    grid = (preprocessing.size[0] // 8, preprocessing.size[1] // 8)
-    sigma = smoothing_sigma(preprocessing.size)
-    down = smoothing_operator(preprocessing.size[0], grid[0], sigma)[_MAP_STEP // 2 :: _MAP_STEP]
-    across = smoothing_operator(preprocessing.size[1], grid[1], sigma)[_MAP_STEP // 2 :: _MAP_STEP].T
+    size = preprocessing.size
+    sampled = SampledMap(size, (size[0] // 8, size[1] // 8), smoothing_sigma(size))
     distance: dict[int, list[FloatArray]] = {limit: [] for limit in limits}
     density: dict[tuple[int, int], list[FloatArray]] = {(limit, k): [] for limit in limits for k in neighbours}
     core = full[core_rows]
     biases = core.square().sum(1).mul_(-0.5)
-    for pixels in pictures:
+    for pixels in spoilt.pictures:
         features = torch.from_numpy(network.run(pixels))
         for limit, (nearest, values) in _nested_nearest(features, core, biases, limits).items():
-            distance[limit].append((down @ values.reshape(grid) @ across).ravel())
+            distance[limit].append(sampled.sample(values))
             for column, k in enumerate(neighbours):
-                density[limit, k].append((down @ densities[nearest, column].reshape(grid) @ across).ravel())
-    step = (len(down), across.shape[1])
-    truth = np.stack([cv2.resize(mask.astype(np.float32), step[::-1], interpolation=cv2.INTER_AREA) for mask in masks])
+                density[limit, k].append(sampled.sample(densities[nearest, column]))
     return _Scores(
         {key: np.stack(value) for key, value in distance.items()},
         {key: np.stack(value) for key, value in density.items()},
-        (truth > 0.25).reshape(len(masks), -1), source, np.array([bool(mask.any()) for mask in masks]),
-    )  # fmt: skip
-
-
-def _spoil(good: Sequence[FloatArray], seed: int) -> tuple[list[FloatArray], list[BoolArray], np.ndarray]:
-    """The images and their synthetic defects, with masks and each one's source."""
-    corruptor = Corruptor(good, CHOICE, foreground=estimate_foreground(good))
-    pictures, masks = list(good), [np.zeros(image.shape[:2], bool) for image in good]
-    source = list(range(len(good)))
-    for index in range(len(good)):
-        rng = np.random.default_rng((seed, index))
-        for _ in range(_DEFECTS):
-            made = corruptor.corrupt(index, rng)
-            pictures.append(made.pixels)
-            masks.append(made.mask)
-            source.append(index)
-    return pictures, masks, np.array(source)
+        sampled.truth(spoilt),
+    )
 
 
 def _nested_nearest(
@@ -309,68 +280,29 @@ def _nested_nearest(
     return found
 
 
-def _maps(scores: _Scores, rows: int, k: int, alpha: float) -> FloatArray:
-    distance = scores.distance[rows]
-    return distance if not alpha else distance - np.float32(alpha) * scores.density[rows, k]
-
-
-def _aurocs(maps: FloatArray, scores: _Scores) -> tuple[float, float]:
-    return auroc(maps.max(1), scores.is_defective), auroc(maps.ravel(), scores.mask.ravel())
-
-
-def auroc(values: FloatArray, positive: BoolArray) -> float:
-    """Area under the ROC curve by ranks, ties counted half (Mann-Whitney); 0.5 where one class is absent."""
-    count = int(positive.sum())
-    others = len(positive) - count
-    if not count or not others:
-        return 0.5
-    ranks = rankdata(values)
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
-
-
-def _take(trials: Sequence[Trial], kept: dict[Settings, tuple[_Scores, Settings]], defaults: Settings) -> Choice:
-    """The best setting, unless plain 1-NN is as good to within the standard error of the difference."""
+def _take(trials: Sequence[Trial], kept: Mapping[Settings, _Scores], defaults: Settings) -> Choice:
+    """The best setting, unless plain 1-NN at the default input is as good as far as one can tell."""
     if not trials:
         return Choice(defaults, "no setting of the grid fits --budget-ms; the defaults were taken")
-    order = sorted(trials, key=lambda trial: -trial.merit)
+    order = tuple(sorted(trials, key=lambda trial: -trial.merit.value))
     first = trials[0].settings
     plain_ones = [trial for trial in trials if trial.settings.alpha == 0 and _same_input(trial.settings, first)]
-    best = order[0]
     if not plain_ones:
-        return Choice(
-            best.settings, "the best of the grid (plain 1-NN was ruled out on the command line)", tuple(order)
-        )
+        reason = "the best of the grid (plain 1-NN was ruled out on the command line)"
+        return Choice(order[0].settings, reason, order)
     plain = max(plain_ones, key=lambda trial: (trial.settings.coreset <= defaults.coreset, trial.settings.coreset))
-    error = _error_of_difference(kept[best.settings], kept[plain.settings])
-    gain = best.merit - plain.merit
-    if gain > error:
-        reason = f"{gain:+.3f} over plain 1-NN on synthetic defects, more than the standard error {error:.3f}"
-        return Choice(best.settings, reason, tuple(order), plain)
-    reason = f"plain 1-NN: the best of the grid is only {gain:+.3f} better, within the standard error {error:.3f}"
-    return Choice(plain.settings, reason, tuple(order), plain)
+    best = next(trial for trial in order if trial.merit.image_auroc >= plain.merit.image_auroc)
+    scores = kept[plain.settings]
+    error = standard_error(kept[best.settings].maps(best.settings), scores.maps(plain.settings), scores.truth)
+    found = f"{best.merit.value - plain.merit.value:+.3f} +- {error:.3f}"
+    if is_better(best.merit, plain.merit, error):
+        return Choice(best.settings, f"{found} over plain 1-NN on synthetic defects", order, plain)
+    reason = f"plain 1-NN: the best of the grid that ranks images no worse is {found} better, which may be chance"
+    return Choice(plain.settings, reason, order, plain)
 
 
 def _same_input(one: Settings, other: Settings) -> bool:
     return (one.long_side, one.view) == (other.long_side, other.view)
-
-
-def _error_of_difference(one: tuple[_Scores, Settings], other: tuple[_Scores, Settings]) -> float:
-    """Standard error of the difference of two settings' image AUROC."""
-    first, second = (
-        _maps(scores, settings.coreset, settings.k, settings.alpha).max(1) for scores, settings in (one, other)
-    )
-    return standard_error(first, second, one[0].is_defective, one[0].source)
-
-
-def standard_error(one: FloatArray, other: FloatArray, is_defective: BoolArray, source: np.ndarray) -> float:
-    """Of the difference of two image AUROCs on the same images (n,), by a paired bootstrap over their sources."""
-    members = [np.flatnonzero(source == index) for index in np.unique(source)]
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(_REDRAWS):
-        rows = np.concatenate([members[index] for index in rng.integers(len(members), size=len(members))])
-        found.append(auroc(one[rows], is_defective[rows]) - auroc(other[rows], is_defective[rows]))
-    return float(np.std(found))
 
 
 def in_words(settings: Settings) -> str:

@@ -111,7 +111,7 @@ def _choice(contents: Contents) -> str:
         rows = [
             [
                 escape(in_words(trial.settings)),
-                *(f"{value:.3f}" for value in (trial.image_auroc, trial.pixel_auroc)),
+                *(f"{value:.3f}" for value in (trial.merit.image_auroc, trial.merit.pixel_auroc)),
                 f"{trial.nominal_ms:.1f}",
             ]
             for trial in shown
