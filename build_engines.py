@@ -71,6 +71,10 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
     help="Of the repair training: on input and target, as an ordinary denoiser, or none.",
 )  # fmt: skip
 @click.option(
+    "--repair", type=click.Choice(["auto", "features", "image", "both"]), default="auto",
+    help="What is repaired; auto: features, and the image too on a GPU or with 20 minutes and more to train.",
+)  # fmt: skip
+@click.option(
     "--size", callback=_check_size, help="Long side of the network's input, a multiple of 32.  [chosen]", type=int
 )
 @click.option("--k", type=click.IntRange(1), help="Neighbours of the local density.  [chosen]")

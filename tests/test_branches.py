@@ -23,9 +23,10 @@ from daemon.keys import load_trusted, make_signing_key
 from daemon.types import Frame
 from tests import bundles, reference
 from tests.toys import tiny_backbone
-from trainer.branch import load_textures
+from trainer.branch import choose_spaces, load_textures
 from trainer.export import EngineNetwork, export_network
 from trainer.repair import RepairNet, RepairScore
+from trainer.schedule import Schedule
 from trainer.settings import View
 
 SIZE = (64, 96)
@@ -56,7 +57,7 @@ def make_repair(channels, halvings=0):
     scale = (torch.full((channels,), 100.0), torch.full((channels,), 50.0)) if halvings else (
         torch.full((channels,), 0.3), torch.full((channels,), 0.7)
     )  # fmt: skip
-    return RepairScore(net, *scale, GRID).eval()
+    return RepairScore(net, *scale, GRID, space="image" if halvings else "features", typical=0.5).eval()
 
 
 # The engine's network
@@ -110,12 +111,17 @@ def test_tiles_are_the_four_quarters_run_apart(backbone, pixels):
 
 
 @pytest.mark.parametrize(
-    ("view", "repairs_image"),
-    [(View(), False), (View("levelled", "2x2"), False), (View("levelled"), True)],
+    ("view", "spaces"),
+    [
+        (View(), ["features"]),
+        (View("levelled", "2x2"), ["features"]),
+        (View("levelled"), ["image"]),
+        (View("levelled"), ["features", "image"]),
+    ],
 )
-def test_exported_network_gives_what_torch_gives(tmp_path, backbone, pixels, view, repairs_image):
-    repair = make_repair(3, halvings=1) if repairs_image else make_repair(24)
-    network = EngineNetwork(backbone, view, repair, repairs_image=repairs_image).eval()
+def test_exported_network_gives_what_torch_gives(tmp_path, backbone, pixels, view, spaces):
+    made = {"features": make_repair(24), "image": make_repair(3, halvings=1)}
+    network = EngineNetwork(backbone, view, [made[space] for space in spaces]).eval()
     assert export_network(network, SIZE, tmp_path / "n.onnx") == GRID
     image = scaled(pixels, backbone)
     with torch.inference_mode():
@@ -133,9 +139,42 @@ def test_features_are_the_same_with_and_without_repair(backbone, pixels):
     image = scaled(pixels, backbone)
     with torch.inference_mode():
         alone = EngineNetwork(backbone).eval()(image)
-        rows, scores = EngineNetwork(backbone, repair=make_repair(24)).eval()(image)
+        rows, scores = EngineNetwork(backbone, repairs=[make_repair(24)]).eval()(image)
     assert torch.equal(alone, rows)
     assert scores.shape == (GRID[0] * GRID[1],)
+
+
+def test_repairs_of_both_spaces_are_added_and_see_the_same_exposure(backbone, pixels):
+    image = scaled(pixels, backbone)
+    ours = {"features": make_repair(24), "image": make_repair(3, halvings=1)}
+    with torch.inference_mode():
+        alone = [EngineNetwork(backbone, View("levelled"), [each]).eval()(image)[1] for each in ours.values()]
+        both = EngineNetwork(backbone, View("levelled"), list(ours.values())).eval()
+        torch.testing.assert_close(both(image)[1], alone[0] + alone[1])
+        seen = both.level(image) * both.std + both.mean
+        torch.testing.assert_close(alone[1], ours["image"](seen))
+        assert not torch.allclose(alone[1], ours["image"](pixels))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schedule", "spaces"),
+    [
+        ("auto", Schedule(steps=10_000), ("features",)),
+        ("auto", Schedule(seconds=1199.0), ("features",)),
+        ("auto", Schedule(seconds=1200.0), ("features", "image")),
+        ("image", Schedule(seconds=5.0), ("image",)),
+        ("features", Schedule(seconds=5000.0), ("features",)),
+        ("both", Schedule(steps=3), ("features", "image")),
+    ],
+)
+def test_image_is_repaired_where_there_is_time_for_it(monkeypatch, wanted, schedule, spaces):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_spaces(wanted, schedule) == spaces
+
+
+def test_image_is_repaired_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_spaces("auto", Schedule(seconds=60.0)) == ("features", "image")
 
 
 # The daemon's side, on the tests' small bundle with a second output

@@ -16,16 +16,15 @@ from daemon.errors import DataError, UsageError
 from trainer.corruption import Corruptor
 from trainer.corruption import Recipe as Kinds
 from trainer.repair import (
-    Batch,
-    FeatureSampler,
-    ImageSampler,
     Recipe,
     RepairNet,
     RepairScore,
     _ConvexSkip,
     add_noise,
+    score_with,
     train,
 )
+from trainer.samplers import Batch, FeatureSampler, ImageSampler
 from trainer.schedule import Schedule, cosine
 
 
@@ -121,7 +120,7 @@ def trained_on_features():
 
 @cache
 def trained_on_images():
-    return train(image_sampler(), Schedule(steps=150), Recipe(width=16), seed=0, halvings=1).net
+    return train(image_sampler(), Schedule(steps=150), Recipe(width=16, halvings=1), seed=0).net
 
 
 # The method: what the noise does
@@ -366,9 +365,9 @@ def assert_same(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def short(sampler=None, schedule=None, seed=0, **options):
+def short(sampler=None, schedule=None, seed=0, halvings=0, **options):
     schedule = schedule or Schedule(steps=12)
-    return train(sampler or feature_sampler(4), schedule, Recipe(width=8), seed=seed, **options)
+    return train(sampler or feature_sampler(4), schedule, Recipe(width=8, halvings=halvings), seed=seed, **options)
 
 
 @pytest.mark.parametrize(("sampler", "halvings"), [(lambda: feature_sampler(4), 0), (image_sampler, 1)])
@@ -385,6 +384,21 @@ def test_trained_network_is_ready_to_use():
     assert not net.training
     assert not any(parameter.requires_grad for parameter in net.parameters())
     assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("space", ["features", "image"])
+def test_score_is_in_units_of_clean_data(space):
+    is_image = space == "image"
+    sampler = image_sampler() if is_image else feature_sampler()
+    trained = short(sampler, halvings=int(is_image))
+    score = score_with(trained, sampler, (16, 16) if is_image else (12, 12), space)
+    clean = sampler.draw(0).clean
+    raw = clean * sampler.std.view(1, -1, 1, 1) + sampler.mean.view(1, -1, 1, 1)
+    with torch.inference_mode():
+        values = torch.stack([score(image[None]) for image in raw])
+    assert values.shape == (len(clean), 256 if is_image else 144)
+    assert float(values.mean()) == pytest.approx(1.0, rel=0.3)
+    assert score.space == space
 
 
 def test_seconds_end_by_the_clock():

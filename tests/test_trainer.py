@@ -540,6 +540,19 @@ def test_build_by_steps_can_be_repeated_bit_by_bit(run_here, built, bundle, part
     assert again.products == bundle.manifest.products
 
 
+def test_engine_of_repair_alone_in_both_spaces(run_here, built, parts, tmp_path):
+    code, out, err = run_here(
+        "part", "--good", parts / "train/good", "--out", tmp_path, "--keys", built[0] / "keys", "--branches", "repair",
+        "--repair", "both", "--size", 128, "--k", 1, "--alpha", 0, "--coreset", 10, "--steps", 3,
+    )  # fmt: skip
+    assert not code, err
+    assert "repair of the features: 3 steps" in err
+    assert "repair of the image: 3 steps" in err
+    made = open_bundle(Path(out.strip()), load_trusted(built[0] / "keys/trusted.yaml"))
+    assert made.manifest.branches == ["repair"]
+    assert made.manifest.fusion.standardisation["repair"].centre == pytest.approx(2.0, rel=0.5)  # a unit for each space
+
+
 def test_second_build_leaves_current_alone(run_here, built, parts, tmp_path):
     """Few images, 16-bit colour, 1:2: the limit says what it can, and the first engine stays current."""
     place, _ = built

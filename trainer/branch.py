@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
+from typing import cast
 
 import cv2
 import numpy as np
@@ -21,13 +22,16 @@ from daemon.bundle import NETWORKS
 from daemon.errors import DataError
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
+from trainer.backbone import Backbone
 from trainer.corruption import TRAINING, Corruptor, estimate_foreground
 from trainer.dataset import Picture, Splits, list_images, read_frame
 from trainer.draft import Draft
+from trainer.export import EngineNetwork
 from trainer.features import FeatureNetwork, normalised, read_pixels
 from trainer.merit import SampledMap, Truth, find_merit, is_better, spoil, standard_error
 from trainer.progress import say, track
-from trainer.repair import FeatureSampler, Recipe, RepairScore, train
+from trainer.repair import Noise, Recipe, RepairScore, Space, recipe_for, score_with, train
+from trainer.samplers import FeatureSampler, ImageSampler, Sampler
 from trainer.schedule import Schedule
 from trainer.settings import WEIGHTS
 from trainer.site import Options, Site
@@ -37,6 +41,7 @@ _FEATURE_BYTES = 1_200_000_000
 _FEATURE_SHARE = 0.25  # of the time to train
 _WEIGHING_DEFECTS = 10  # of each select image
 _TEXTURE_SIDE = 512
+_LONG_S = 1200.0  # below it, two cores learn nothing of use in image space (docs/accuracy.md)
 
 
 def load_textures(folder: Path | None) -> list[FloatArray]:
@@ -70,24 +75,63 @@ def training_corruptor(options: Options, images: Sequence[FloatArray]) -> Corrup
     return Corruptor(images, recipe, textures=textures, foreground=estimate_foreground(images))
 
 
-def train_feature_repair(options: Options, site: Site, splits: Splits, draft: Draft, schedule: Schedule) -> RepairScore:
-    """Corrupt, extract, train; `schedule` in seconds covers all three."""
-    recipe = Recipe(noise=options.noise)
-    started = monotonic()
-    network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
+def choose_spaces(wanted: str, schedule: Schedule) -> tuple[Space, ...]:
+    """Where to repair: what was asked for; else features, and the image too where there is a GPU or a long time."""
+    if wanted != "auto":
+        return ("features", "image") if wanted == "both" else (cast("Space", wanted),)
+    is_long = schedule.seconds is not None and schedule.seconds >= _LONG_S
+    return ("features", "image") if is_long or torch.cuda.is_available() else ("features",)
+
+
+def train_repairs(
+    options: Options, site: Site, splits: Splits, draft: Draft, schedule: Schedule, *, backbone: Backbone
+) -> tuple[RepairScore, ...]:
+    """One repair network for each space; a schedule in seconds is shared out between them."""
+    spaces = choose_spaces(options.repair, schedule)
+    if schedule.seconds is not None:
+        schedule = Schedule(seconds=schedule.seconds / len(spaces))
     images = [read_pixels(picture, draft.preprocessing) for picture in splits.train]
+    found = []
+    for space in spaces:
+        started = monotonic()
+        recipe = recipe_for(space, cast("Noise", options.noise))
+        if space == "image":
+            sampler: Sampler = _image_sampler(options, draft, images, backbone)
+        else:
+            sampler = _feature_sampler(options, site, draft, images, schedule)
+        left = schedule
+        if schedule.seconds is not None:
+            left = Schedule(seconds=max(1.0, schedule.seconds - (monotonic() - started)))
+        name = _fingerprint(options, splits, draft, recipe)
+        checkpoint = site.folder.parent / f".repair-{space}-{name}.checkpoint"
+        trained = train(sampler, left, recipe, seed=options.seed, checkpoint=checkpoint)
+        say(f"repair of the {space}: {trained.steps} steps on {len(images)} images, loss {trained.loss:.4f}")
+        found.append(score_with(trained, sampler, draft.grid, space))
+    return tuple(found)
+
+
+def _image_sampler(options: Options, draft: Draft, images: Sequence[FloatArray], backbone: Backbone) -> ImageSampler:
+    """The images as the network's view exposes them, corrupted anew for every batch."""
+    network = EngineNetwork(backbone, draft.settings.view)
+    exposed = []
+    with torch.inference_mode():
+        for image in images:
+            tensor = torch.from_numpy(normalised(image, draft.preprocessing).values)
+            pixels = network.expose(tensor) * network.std + network.mean
+            exposed.append(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
+    return ImageSampler(exposed, training_corruptor(options, exposed), seed=options.seed)
+
+
+def _feature_sampler(
+    options: Options, site: Site, draft: Draft, images: Sequence[FloatArray], schedule: Schedule
+) -> FeatureSampler:
+    network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
     corruptor = training_corruptor(options, images)
     began = monotonic()
     network.run(images[0])
     one_s = monotonic() - began + 0.003  # and the corruption
     count = _corruptions(len(images), network, one_s, schedule)
-    sampler = make_sampler(network, images, corruptor, draft.grid, count=count, seed=options.seed)
-    if schedule.seconds is not None:
-        schedule = Schedule(seconds=max(1.0, schedule.seconds - (monotonic() - started)))
-    checkpoint = site.folder.parent / f".repair-{_fingerprint(options, splits, draft, recipe)}.checkpoint"
-    trained = train(sampler, schedule, recipe, seed=options.seed, checkpoint=checkpoint)
-    say(f"repair: {trained.steps} steps on {len(images)} images x {count} corruptions, loss {trained.loss:.4f}")
-    return RepairScore(trained.net, sampler.mean, sampler.std, draft.grid).eval()
+    return make_sampler(network, images, corruptor, draft.grid, count=count, seed=options.seed)
 
 
 def _corruptions(images: int, network: FeatureNetwork, one_s: float, schedule: Schedule) -> int:

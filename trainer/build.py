@@ -195,12 +195,12 @@ def train_repair(options: Options, site: Site, splits: Splits, chosen: Chosen, d
             )
         warn("no time to train the repair branch: the engine has ldknn alone (a longer --budget, or --steps)")
         return draft
-    from trainer.branch import train_feature_repair
+    from trainer.branch import train_repairs
     from trainer.export import EngineNetwork, export_network
 
-    score = train_feature_repair(options, site, splits, draft, schedule)
+    repairs = train_repairs(options, site, splits, draft, schedule, backbone=chosen.backbone)
     export_network(
-        EngineNetwork(chosen.backbone, draft.settings.view, score), draft.preprocessing.size, site.folder / NETWORKS
+        EngineNetwork(chosen.backbone, draft.settings.view, repairs), draft.preprocessing.size, site.folder / NETWORKS
     )
     return replace(draft, branches=(*draft.branches, "repair"))
 

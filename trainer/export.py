@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,33 +32,29 @@ _LEVEL, _DARK = (
 class EngineNetwork(nn.Module):
     """Everything that an engine computes before the search: image (1 3 h w) -> features (P C), repair scores (P).
 
-    The second output is there only with `repair`, which takes the features (1 C gh gw), or the image where
-    `repairs_image`. Patches are in row-major order over the whole grid, also with tiles.
+    The second output is there only with `repairs`: their sum, each of the features (1 C gh gw) or of the image in
+    0..255. Patches are in row-major order over the whole grid, also with tiles.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        view: View | None = None,
-        repair: RepairScore | None = None,
-        *,
-        repairs_image: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, view: View | None = None, repairs: Sequence[RepairScore] = ()) -> None:
         super().__init__()
         self.features = PatchFeatures(backbone.network)
-        self.repair = repair
-        self._view, self._repairs_image = view or View(), repairs_image
+        self.repairs = nn.ModuleList(repairs)
+        self._view = view or View()
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if self._view.exposure == "levelled":
-            image = self.level(image)
+        image = self.expose(image)
         features = self.maps(image)
         rows = features.flatten(2).squeeze(0).transpose(0, 1)
-        if self.repair is None:
-            return rows
-        return rows, self.repair(image * self.std + self.mean if self._repairs_image else features)
+        spaces = {"features": features, "image": image * self.std + self.mean}
+        scores = [repair(spaces[str(repair.space)]) for repair in self.repairs]
+        return (rows, torch.stack(scores).sum(0)) if scores else rows
+
+    def expose(self, image: Tensor) -> Tensor:
+        """The image as the view wants it exposed."""
+        return self.level(image) if self._view.exposure == "levelled" else image
 
     def level(self, image: Tensor) -> Tensor:
         """One gain a frame that brings its mean brightness to a fixed value; what is clipped at 255 stays clipped."""

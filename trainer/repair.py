@@ -18,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,34 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from daemon.errors import DataError
-from daemon.types import FloatArray
-from trainer.corruption import Corruptor
 from trainer.progress import say, warn
+from trainer.samplers import Batch, Sampler, step_generator
 from trainer.schedule import Schedule, cosine
 
 Noise = Literal["anchored", "input-only", "none"]
+Space = Literal["features", "image"]
 _DILATIONS = (1, 2, 4, 8)
 _MASKED_WEIGHT = 4.0  # what the mask's share of a few per cent adds to the loss beside the rest
 _WARM_UP = 50  # steps
 _SAVE_EVERY_S = 30.0
 _SAY_EVERY_S = 10.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """corrupted u and clean x (B C h w), mask (B 1 h w) in 0..1: where u was changed."""
-
-    corrupted: Tensor
-    clean: Tensor
-    mask: Tensor
-
-
-class Sampler(Protocol):
-    """Gives the batch of a step; the same step and seed, the same batch."""
-
-    channels: int
-
-    def draw(self, step: int) -> Batch: ...
+_TYPICAL_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +49,15 @@ class Recipe:
     masked_patches: float = 0.1  # zeroed at the input: the surroundings must explain them
     learning_rate: float = 2e-3
     width: int = 96
+    halvings: int = 0  # of the sides, in the network
+
+
+def recipe_for(space: Space, noise: Noise) -> Recipe:
+    """What each space gets. A GPU affords the image's network three times the width."""
+    if space == "features":
+        return Recipe(noise=noise)
+    width = 96 if torch.cuda.is_available() else 32
+    return Recipe(noise=noise, masked_patches=0.0, width=width, halvings=3)
 
 
 class _DilatedBlock(nn.Module):
@@ -129,76 +122,35 @@ class RepairScore(nn.Module):
     """The branch as the engine runs it: data (1 C h w), standardised by `mean` and `std`, to scores (P,).
 
     A patch's score is the mean squared difference between it and its repaired self, over channels and, in image
-    space, over the patch's pixels.
+    space, over the patch's pixels, divided by `typical`.
     """
 
-    def __init__(self, net: RepairNet, mean: Tensor, std: Tensor, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, net: RepairNet, mean: Tensor, std: Tensor, grid: tuple[int, int], *, space: Space = "features",
+        typical: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.net = net
+        self.net, self.space, self.typical = net, space, typical
         self.register_buffer("mean", mean.reshape(1, -1, 1, 1))
         self.register_buffer("std", std.reshape(1, -1, 1, 1))
         self._grid = grid
 
     def forward(self, data: Tensor) -> Tensor:
         x = (data - self.mean) / self.std
-        residual = (x - self.net(x)).square().mean(1, keepdim=True)
+        residual = (x - self.net(x)).square().mean(1, keepdim=True) / self.typical
         stride = residual.shape[-1] // self._grid[1]
         return (F.avg_pool2d(residual, stride) if stride > 1 else residual).flatten()
 
 
-class FeatureSampler:
-    """Features of images and of their corruptions, computed once: clean (N C gh gw), corrupted (N K C gh gw), float16.
-
-    Standardised as they are drawn; a batch is mirrored at random, which a convolution's features survive well enough
-    to multiply the few corruptions.
-    """
-
-    def __init__(self, clean: Tensor, corrupted: Tensor, masks: Tensor, *, batch: int = 16, seed: int = 0) -> None:
-        self.channels = clean.shape[1]
-        self._clean, self._corrupted, self._masks = clean, corrupted, masks
-        self._batch, self._seed = batch, seed
-        self.mean = torch.stack([clean[:, c].float().mean() for c in range(self.channels)])
-        spread = torch.stack([clean[:, c].float().std() for c in range(self.channels)])
-        self.std = spread.clamp_(min=1e-6 * float(spread.max()) + 1e-12)
-
-    def draw(self, step: int) -> Batch:
-        generator = _generator(self._seed, step)
-        image = torch.randint(len(self._clean), (self._batch,), generator=generator)
-        kind = torch.randint(self._corrupted.shape[1], (self._batch,), generator=generator)
-        parts = [self._standard(self._corrupted[image, kind]), self._standard(self._clean[image])]
-        parts.append(self._masks[image, kind].float().unsqueeze(1))
-        sides = [side for side in (2, 3) if torch.rand(1, generator=generator) < 0.5]
-        return Batch(*(part.flip(sides) for part in parts))
-
-    def _standard(self, features: Tensor) -> Tensor:
-        return (features.float() - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
-
-
-class ImageSampler:
-    """Images (H W 3) in 0..255, corrupted anew for every batch; standardised over all of them."""
-
-    channels = 3
-
-    def __init__(self, images: Sequence[FloatArray], corruptor: Corruptor, *, batch: int = 16, seed: int = 0) -> None:
-        self._images, self._corruptor = images, corruptor
-        self._batch, self._seed = batch, seed
-        pixels = np.stack([image.reshape(-1, 3).mean(0) for image in images]).mean(0)
-        spread = np.sqrt(np.mean([((image - pixels) ** 2).reshape(-1, 3).mean(0) for image in images], axis=0))
-        self.mean = torch.from_numpy(pixels.astype(np.float32))
-        self.std = torch.from_numpy(np.maximum(spread, 1.0).astype(np.float32))
-
-    def draw(self, step: int) -> Batch:
-        rng = np.random.default_rng((self._seed, step))
-        chosen = rng.integers(len(self._images), size=self._batch)
-        made = [self._corruptor.corrupt(int(index), rng) for index in chosen]
-        corrupted = self._standard([item.pixels for item in made])
-        clean = self._standard([self._images[index] for index in chosen])
-        mask = torch.from_numpy(np.stack([item.mask for item in made]).astype(np.float32)).unsqueeze(1)
-        return Batch(corrupted, clean, mask)
-
-    def _standard(self, images: Sequence[FloatArray]) -> Tensor:
-        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return (stacked - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
+def score_with(trained: Trained, sampler: Sampler, grid: tuple[int, int], space: Space) -> RepairScore:
+    """The branch of a trained network, in the unit of its mean score on clean data, so that spaces can be added."""
+    residuals = []
+    with torch.inference_mode():
+        for step in range(_TYPICAL_BATCHES):
+            clean = sampler.draw(step).clean
+            residuals.append(float((clean - trained.net(clean)).square().mean()))
+    typical = max(float(np.mean(residuals)), 1e-12)
+    return RepairScore(trained.net, sampler.mean, sampler.std, grid, space=space, typical=typical).eval()
 
 
 @dataclass(frozen=True)
@@ -212,7 +164,7 @@ class Trained:
 
 def train(
     sampler: Sampler, schedule: Schedule, recipe: Recipe, *,
-    seed: int, halvings: int = 0, checkpoint: Path | None = None, clock: Callable[[], float] = monotonic,
+    seed: int, checkpoint: Path | None = None, clock: Callable[[], float] = monotonic,
 ) -> Trained:  # fmt: skip
     """Train a RepairNet. With a checkpoint file, a killed training goes on where it was last saved.
 
@@ -220,14 +172,14 @@ def train(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    net = RepairNet(sampler.channels, recipe.width, halvings).to(device, memory_format=torch.channels_last)
+    net = RepairNet(sampler.channels, recipe.width, recipe.halvings).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), recipe.learning_rate, weight_decay=1e-3)
     state = _Progress(checkpoint, net, optimizer, clock)
     losses: list[float] = []
     for fraction in schedule.fractions(state.steps, state.spent_s, clock):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * cosine(fraction) * min(1.0, (state.steps + 1) / _WARM_UP)
-        losses.append(_step(net, optimizer, sampler.draw(state.steps), recipe, _generator(seed + 1, state.steps)))
+        losses.append(_step(net, optimizer, sampler.draw(state.steps), recipe, step_generator(seed + 1, state.steps)))
         state.advance(fraction, losses)
     state.forget()
     tail = losses[-max(1, len(losses) // 10) :]
@@ -317,8 +269,3 @@ class _Progress:
         """The training is complete: what was saved is of no use any more."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    """A step's own generator: a training that goes on after a kill draws what it would have drawn."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))

@@ -44,6 +44,7 @@ class Options:
     steps: int | None
     finetune: str
     noise: str
+    repair: str
     size: int | None
     k: int | None
     alpha: float | None
