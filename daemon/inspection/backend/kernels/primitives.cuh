@@ -1,0 +1,65 @@
+// What the kernels need of the hardware, one small function each. tests/emulator.h gives the same names on a CPU, lane
+// by lane, so that every kernel's arithmetic, indexing and order of copies is tested where there is no GPU.
+#pragma once
+#ifdef INSPECTD_EMULATED
+#include "emulator.h"
+#else
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+using Half = __half;
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) type name[]
+#define ENLIST(kernel) static_assert(true, "only the emulator keeps a list of kernels")
+
+__device__ inline Half to_half(float value) { return __float2half_rn(value); }
+__device__ inline float to_float(Half value) { return __half2float(value); }
+
+// 16 bytes global -> shared, without a register between; zeros where they are not wanted.
+__device__ inline void copy_async(void* shared, const void* global, bool is_wanted) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = is_wanted ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most PENDING of this thread's newest groups are still on their way.
+template <int PENDING>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit cells (or 8x16 of 8-bit); lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(unsigned (&found)[4], const void* row) {
+  const unsigned source = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
+               : "r"(source)
+               : "memory");
+}
+
+// sum += A (16 16, FP16, row-major) x B (16 8, FP16, column-major); FP32 accumulators.
+__device__ inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same with A (16 32) and B (32 8) of INT8 and INT32 accumulators.
+__device__ inline void multiply_add(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <typename Value>
+__device__ inline Value exchange(Value value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+// Bit i: lane i's answer.
+__device__ inline unsigned vote(bool answer) { return __ballot_sync(0xffffffffu, answer); }
+__device__ inline void synchronize() { __syncthreads(); }
+__device__ inline void keep_largest(unsigned* cell, unsigned value) { atomicMax(cell, value); }
+__device__ inline void keep_largest(unsigned long long* cell, unsigned long long value) { atomicMax(cell, value); }
+#endif
