@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build an engine bundle from good images. A recipe, read top to bottom; trainer/build.py has the steps."""
+"""Build an engine bundle from good images: a recipe, read top to bottom. Its steps: trainer/build.py and finish.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from trainer import build
+from trainer import build, finish
 from trainer.draft import open_draft, with_limit
 from trainer.site import Options, open_site, publish, run_command
 
@@ -64,8 +64,9 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 )
 @click.option("--steps", type=click.IntRange(0), help="Train exactly so many steps instead: the build can be repeated.")
 @click.option(
-    "--finetune", type=click.Choice(["auto", "off"]), default="auto", help="DefectMaker's, kept where it helps."
-)
+    "--finetune", type=click.Choice(["auto", "outline", "classes", "off"]), default="auto",
+    help="Of the feature network, kept where it helps: to outline synthetic defects, or DefectMaker's classes.",
+)  # fmt: skip
 @click.option(
     "--noise", type=click.Choice(["anchored", "input-only", "none"]), default="anchored",
     help="Of the repair training: on input and target, as an ordinary denoiser, or none.",
@@ -101,16 +102,16 @@ def main(**fields: Any) -> None:
         draft = build.find_scale(options, site, splits, draft)
         draft = build.weigh_branches(options, site, splits, chosen, draft)
         pipeline = open_draft(options, site, draft)
-        scores = build.score_good(options, site, splits, draft, pipeline)
-        draft = build.set_limit(options, draft, scores)
+        scores = finish.score_good(options, site, splits, draft, pipeline)
+        draft = finish.set_limit(options, draft, scores)
         pipeline = with_limit(options, site, draft, scores, pipeline)
-        doubts = build.find_doubts(splits, draft, scores)
-        draft = build.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
-        evaluation = build.judge_test(options, pipeline)
-        build.write_report(
+        doubts = finish.find_doubts(splits, draft, scores)
+        draft = finish.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
+        evaluation = finish.judge_test(options, pipeline)
+        finish.write_report(
             options, site, splits, chosen, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
         )
-        build.seal(options, site, draft, build.describe_training(options, site, splits), evaluation)
+        finish.seal(options, site, draft, finish.describe_training(options, site, splits), evaluation)
         click.echo(publish(site))
 
 

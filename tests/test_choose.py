@@ -155,7 +155,7 @@ def scores(plain, corrected):
     good_then_bad = np.r_[np.zeros(20, bool), np.ones(20, bool)]
     column = [np.asarray(values, np.float32)[:, None] for values in (plain, np.subtract(plain, corrected))]
     truth = Truth(good_then_bad[:, None], np.r_[np.arange(20), np.arange(20)])
-    return choosing._Scores({100: column[0]}, {(100, 1): column[1]}, truth)
+    return choosing.GridScores({100: column[0]}, {(100, 1): column[1]}, truth)
 
 
 def take(plain, corrected):

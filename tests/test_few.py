@@ -26,12 +26,12 @@ from daemon.keys import load_trusted
 from examples.parts import render_part
 from trainer import dataset
 from trainer.backbone import Backbone
-from trainer.build import find_doubts
 from trainer.calibrate import GoodScores, conformal_limit, conformal_rank
 from trainer.dataset import Picture
 from trainer.draft import Draft, open_draft
 from trainer.export import EngineNetwork, export_network
 from trainer.few import FewImages, leave_one_out, vary
+from trainer.finish import find_doubts
 from trainer.settings import FEW_IMAGES, Settings
 from trainer.site import Options, Site, run_command
 

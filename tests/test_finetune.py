@@ -150,7 +150,7 @@ def test_features_move_and_stay_finite():
 
 def test_layers_before_stride_8_of_the_default_network():
     network = EfficientNetLite0().eval()
-    assert finetuning._freeze_fine(network, 8) == 40 + 112
+    assert finetuning.freeze_fine(network, 8) == 40 + 112
     still = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     early = (
         "_conv_stem.",
@@ -180,9 +180,9 @@ def test_gate_between_fine_layers_stays_with_them():
             return maps[2:]
 
     network = Gated().eval()
-    assert finetuning._freeze_fine(network, 8) == 24 + 32
+    assert finetuning.freeze_fine(network, 8) == 24 + 32
     assert not network.gate.weight.requires_grad
-    finetuning._freeze_fine(network.requires_grad_(True), 1)
+    finetuning.freeze_fine(network.requires_grad_(True), 1)
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
@@ -302,7 +302,7 @@ def test_depthwise_convolutions_are_computed_in_float32():
     convolution, image = nn.Conv2d(4, 4, 3, groups=4), torch.rand(1, 4, 8, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert convolution(image).dtype == torch.bfloat16
-        with finetuning._ExactDepthwise():
+        with finetuning.ExactDepthwise():
             assert convolution(image).dtype == torch.float32
             assert nn.Conv2d(4, 4, 3)(image).dtype == torch.bfloat16
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import torch
 
-from daemon.bundle import NETWORKS
+from daemon.bundle import NETWORKS, Preprocessing
 from daemon.errors import DataError
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
@@ -33,7 +33,7 @@ from trainer.progress import say, track
 from trainer.repair import Noise, Recipe, RepairScore, Space, recipe_for, score_with, train
 from trainer.samplers import FeatureSampler, ImageSampler, Sampler
 from trainer.schedule import Schedule
-from trainer.settings import WEIGHTS
+from trainer.settings import WEIGHTS, View
 from trainer.site import Options, Site
 
 _CORRUPTIONS = 6  # of each image
@@ -90,14 +90,16 @@ def train_repairs(
     spaces = choose_spaces(options.repair, schedule)
     if schedule.seconds is not None:
         schedule = Schedule(seconds=schedule.seconds / len(spaces))
-    images = [read_pixels(picture, draft.preprocessing) for picture in splits.train]
     found = []
     for space in spaces:
         started = monotonic()
         recipe = recipe_for(space, cast("Noise", options.noise))
         if space == "image":
-            sampler: Sampler = _image_sampler(options, draft, images, backbone)
+            images = exposed_images(splits.train, draft.preprocessing, backbone, draft.settings.view)
+            corruptor = training_corruptor(options, images)
+            sampler: Sampler = ImageSampler(images, corruptor, seed=options.seed)
         else:
+            images = [read_pixels(picture, draft.preprocessing) for picture in splits.train]
             sampler = _feature_sampler(options, site, draft, images, schedule)
         left = schedule
         if schedule.seconds is not None:
@@ -110,16 +112,18 @@ def train_repairs(
     return tuple(found)
 
 
-def _image_sampler(options: Options, draft: Draft, images: Sequence[FloatArray], backbone: Backbone) -> ImageSampler:
-    """The images as the network's view exposes them, corrupted anew for every batch."""
-    network = EngineNetwork(backbone, draft.settings.view)
-    exposed = []
+def exposed_images(
+    pictures: Sequence[Picture], preprocessing: Preprocessing, backbone: Backbone, view: View
+) -> list[FloatArray]:
+    """The pictures (h w 3) in 0..255 as the network's view exposes them."""
+    network = EngineNetwork(backbone, view)
+    found = []
     with torch.inference_mode():
-        for image in images:
-            tensor = torch.from_numpy(normalised(image, draft.preprocessing).values)
+        for picture in pictures:
+            tensor = torch.from_numpy(normalised(read_pixels(picture, preprocessing), preprocessing).values)
             pixels = network.expose(tensor) * network.std + network.mean
-            exposed.append(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
-    return ImageSampler(exposed, training_corruptor(options, exposed), seed=options.seed)
+            found.append(np.ascontiguousarray(pixels[0].permute(1, 2, 0).clamp(0.0, 255.0).numpy()))
+    return found
 
 
 def _feature_sampler(

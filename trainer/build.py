@@ -1,4 +1,4 @@
-"""The steps of build_engines.py, each one a function; the recipe there says in which order.
+"""The first steps of build_engines.py, each one a function, up to an engine that can score; finish.py has the others.
 
 Every score that the limit rests on comes from the daemon's own Pipeline,
 run on a draft: a bundle that is all there except for what the step at hand is about to find.
@@ -7,29 +7,20 @@ run on a draft: a bundle that is all there except for what the step at hand is a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version as library_version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import save
 
-from daemon import __version__, bundle
 from daemon.bundle import BANK, NETWORKS, Preprocessing
 from daemon.errors import UsageError
-from daemon.inspection.backend import open_backend
-from daemon.inspection.golden import check_golden, read_golden
-from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
 from trainer import calibrate, dataset
-from trainer.calibrate import GoodScores
-from trainer.dataset import Picture, Splits
-from trainer.draft import Draft, manifest_fields, open_draft
-from trainer.golden import pick_golden, write_golden
+from trainer.corruption import estimate_foreground
+from trainer.dataset import Splits
+from trainer.draft import Draft, open_draft
 from trainer.progress import say, track, warn
 from trainer.schedule import Schedule
 from trainer.settings import FEW_IMAGES, Settings
@@ -38,15 +29,12 @@ from trainer.site import Options, Site
 if TYPE_CHECKING:
     from trainer.backbone import Backbone
     from trainer.choose import Choice
-    from trainer.evaluate import Evaluation
 
-_LIBRARIES = ("torch", "onnx", "openvino", "numpy", "opencv-python-headless")
 _CHOICE_SHARE = 0.4  # of the budget
 _TUNING_SHARE, _SHORTEST_TUNING_S = 0.2, 60.0
 _MOST_TUNING_STEPS = 300  # REB's
 _SHORTEST_TRAINING_S = 15.0
 _PREVIEWED = 24  # images
-_TIMED = 15  # frames
 
 
 @dataclass(frozen=True)
@@ -105,29 +93,30 @@ def choose_settings(options: Options, site: Site, splits: Splits) -> Chosen:
 
 
 def tune_backbone(options: Options, splits: Splits, chosen: Chosen) -> Chosen:
-    """Fine-tune the backbone (DefectMaker) where there is time, and keep it only where it helps."""
+    """Fine-tune the backbone on synthetic defects where there is time, and keep it only where it helps."""
     schedule = _tuning_schedule(options)
     if schedule is None or splits.few or "ldknn" not in options.branches:
         return chosen
+    from trainer.branch import exposed_images, training_corruptor
     from trainer.choose import compare
-    from trainer.corruption import estimate_foreground
-    from trainer.features import read_pixels
     from trainer.finetune import finetune
+    from trainer.segment import finetune_by_outline
 
-    settings = chosen.choice.settings
+    settings, backbone = chosen.choice.settings, chosen.backbone
     size = dataset.network_size(splits.train, settings.long_side)
-    plain = Preprocessing(size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    images = [read_pixels(picture, plain) for picture in splits.train]
-    tuned = finetune(
-        chosen.backbone, images, schedule, seed=options.seed, foreground=estimate_foreground(images)
-    ).backbone
-    found = compare(chosen.backbone, tuned, splits, settings, threads=options.threads, seed=options.seed)
+    preprocessing = Preprocessing(size=size, mean=backbone.mean, std=backbone.std)
+    images = exposed_images(splits.train, preprocessing, backbone, settings.view)
+    if options.finetune == "classes":
+        tuned = finetune(backbone, images, schedule, seed=options.seed, foreground=estimate_foreground(images))
+    else:
+        tuned = finetune_by_outline(backbone, images, training_corruptor(options, images), schedule, seed=options.seed)
+    found = compare(backbone, tuned.backbone, splits, settings, threads=options.threads, seed=options.seed)
     line = (
         f"fine-tuning {'kept' if found.gained else 'not kept'}: merit {found.before.merit.value:.3f} before, "
         f"{found.after.merit.value:.3f} after, standard error {found.error:.3f}"
     )
     say(line)
-    return Chosen(tuned if found.gained else chosen.backbone, chosen.choice, line)
+    return Chosen(tuned.backbone if found.gained else backbone, chosen.choice, line)
 
 
 def _tuning_schedule(options: Options) -> Schedule | None:
@@ -242,131 +231,3 @@ def weigh_branches(options: Options, site: Site, splits: Splits, chosen: Chosen,
     )
     kept = {"ldknn": draft.standardisation["ldknn"]}
     return replace(draft, branches=("ldknn",), standardisation=kept, weighing=f"{line}: the branch is left out")
-
-
-def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipeline: Pipeline) -> GoodScores:
-    """Scores as the daemon will give them, of all images that the bank has not seen."""
-    if splits.few:
-        from trainer.few import leave_one_out
-
-        scores = leave_one_out(options, site, splits.train, draft)
-        own = _score(pipeline, splits.train, "the engine's own score of the image") if len(scores) == 1 else scores
-        return GoodScores(own, scores)
-    return GoodScores(
-        _score(pipeline, splits.select, "scores of the select images"),
-        _score(pipeline, splits.calibrate, "scores of the calibration images"),
-    )
-
-
-def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatArray:
-    scores = [pipeline.anomaly_map(dataset.read_frame(picture.path)).score for picture in track(pictures, what)]
-    return np.array(scores, np.float32)
-
-
-def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
-    """The conformal limit from the calibration scores alone."""
-    product = calibrate.conformal_limit(scores.calibrate, options.false_reject)
-    if product.n == 1:
-        # One score is limit and median at once, and their distance is what golden frames are measured by.
-        product = product.model_copy(update={"medianGood": min(product.medianGood, float(scores.select[0]))})
-    say(f"limit: {product.limit:.4g} (median good part {product.medianGood:.4g}), from {product.n} scores")
-    return replace(draft, product=product)
-
-
-def find_doubts(splits: Splits, draft: Draft, scores: GoodScores) -> list[str]:
-    """Warn of everything that makes the limit doubtful; the report repeats it."""
-    doubts = calibrate.find_doubts(draft.product, scores)
-    if splits.few:
-        doubts.append(
-            f"{len(splits.train)} good images are too few to divide (wanted {FEW_IMAGES} or more): each was scored by "
-            "an engine made without it, so the limit is rough; build again when there are more"
-        )
-    if splits.few and splits.leaked:
-        doubts.append(f"{splits.leaked} of the images are copies of others: the limit is too low")
-    elif splits.leaked:
-        doubts.append(f"{splits.leaked} calibration images are copies of training images: the limit is too low")
-    if splits.skipped:
-        doubts.append(f"{len(splits.skipped)} corrupt files were skipped: {', '.join(splits.skipped)}")
-    for doubt in doubts:
-        warn(doubt)
-    return doubts
-
-
-def add_golden(
-    options: Options, site: Site, splits: Splits, draft: Draft, *, scores: GoodScores, pipeline: Pipeline
-) -> Draft:
-    """Keep a few frames with their scores, for every machine to reproduce."""
-    # A golden score is this engine's own; scores with one image left out are other engines'.
-    seen = _score(pipeline, splits.calibrate, "scores of the images") if splits.few else scores.calibrate
-    golden = pick_golden(pipeline, splits.calibrate, seen, draft.product)
-    return replace(draft, golden=tuple(write_golden(site.folder, options.name, golden)))
-
-
-def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
-    """Judge the labelled test folder, where one is given."""
-    if options.test is None:
-        return None
-    from trainer.evaluate import evaluate_images
-
-    return evaluate_images(pipeline, options.test, options.name)
-
-
-def describe_training(options: Options, site: Site, splits: Splits) -> dict[str, Any]:
-    """What the engine was made of and with: enough to make it again."""
-    given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
-    return {
-        "dataDigest": splits.digest,
-        "images": splits.counts,
-        "skipped": list(splits.skipped),
-        "options": given,
-        "seed": options.seed,
-        "versions": {"inspectd": __version__, **{name: library_version(name) for name in _LIBRARIES}},
-        "buildSeconds": round(monotonic() - site.started, 1),
-    }
-
-
-def write_report(
-    options: Options, site: Site, splits: Splits, chosen: Chosen, draft: Draft, *,
-    scores: GoodScores, doubts: list[str], pipeline: Pipeline, evaluation: Evaluation | None,
-) -> None:  # fmt: skip
-    """Write report.html into the bundle."""
-    from trainer.report import Contents
-    from trainer.report import write_report as write
-
-    seconds = monotonic() - site.started
-    reasons = tuple(line for line in (chosen.tuning, draft.weighing) if line)
-    contents = Contents(
-        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation, chosen.choice, reasons
-    )  # fmt: skip
-    write(site.folder / "report.html", contents)
-
-
-def _say_time(pipeline: Pipeline, options: Options) -> None:
-    """What a frame takes on this machine, which the choice by nominal cost does not know."""
-    first = pipeline.bundle.manifest.golden.frames[0].file
-    frame = read_golden(pipeline.bundle.read(first), first)
-    spent_ms = []
-    for _ in range(_TIMED):
-        started = perf_counter()
-        pipeline.anomaly_map(frame)
-        spent_ms.append(1000.0 * (perf_counter() - started))
-    found = median(spent_ms)
-    say(f"a frame takes {found:.1f} ms here, --budget-ms is {options.budget_ms:g}")
-    if found > options.budget_ms:
-        warn(
-            f"a frame takes {found:.1f} ms on this machine, more than the {options.budget_ms:g} wanted: settings are "
-            "chosen by their cost on the reference machine; where the line's is like this one, lower --budget-ms"
-        )
-
-
-def seal(options: Options, site: Site, draft: Draft, training: dict[str, Any], evaluation: Evaluation | None) -> None:
-    """Sign the bundle, then open it as the daemon will and replay the golden frames."""
-    fields = manifest_fields(options, site, draft)
-    fields |= {"metrics": evaluation.figures if evaluation else {}, "training": training}
-    bundle.seal_bundle(site.folder, fields, site.key)
-    sealed = bundle.open_bundle(site.folder, site.trusted)
-    pipeline = Pipeline(sealed, open_backend(sealed, "cpu", "f32", options.threads))
-    deviation = check_golden(pipeline)
-    _say_time(pipeline, options)
-    pipeline.backend.close()
-    say(f"golden frames: {len(draft.golden)} reproduced, at most {deviation:.1%} of what is allowed")

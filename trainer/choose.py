@@ -9,8 +9,9 @@ A setting costs what it would take on two reference cores (`nominal_ms`), so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -96,8 +97,8 @@ class _Ground:
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """Sampled maps (images, pixels) of held-out images and of their synthetic defects, and the truth.
+class GridScores:
+    """Sampled maps (images, pixels) for every setting of a view, and the truth.
 
     `distance` for each coreset; `density` for each coreset and K: a setting's map is distance - alpha * density.
     """
@@ -131,7 +132,7 @@ def choose(backbone: Backbone, splits: Splits, wishes: Wishes, *, threads: int, 
     ground = _Ground(backbone, *_divide(good), wishes, threads, seed)
     started, longest = monotonic(), 0.0
     trials: list[Trial] = []
-    kept: dict[Settings, _Scores] = {}
+    kept: dict[Settings, GridScores] = {}
     for long_side, view in _views(wishes, trials):
         # The cost of a view grows with its pixels; one that would not be done in time is not begun.
         if trials and monotonic() - started + longest * (long_side / SIZES[0]) ** 2 > seconds:
@@ -204,7 +205,7 @@ def _views(wishes: Wishes, trials: Sequence[Trial]) -> Iterator[tuple[int, View]
             yield size, replace(best, tiles="2x2")
 
 
-def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, _Scores]]:
+def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, GridScores]]:
     """All affordable settings of one view."""
     wishes = ground.wishes
     size = dataset.network_size([*ground.banked, *ground.held], long_side)
@@ -219,7 +220,13 @@ def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, 
     affordable = [rows for rows in wanted if cost(rows) <= wishes.budget_ms]
     if not affordable:
         return []
-    scores = _score(ground, network, preprocessing, affordable)
+    banked = GridBank(
+        network, (read_pixels(picture, preprocessing) for picture in ground.banked), coresets=affordable,
+        neighbours=_neighbours(wishes), threads=ground.threads, seed=ground.seed,
+    )  # fmt: skip
+    spoilt = spoil([read_pixels(picture, preprocessing) for picture in ground.held], each=_DEFECTS, seed=ground.seed)
+    sampled = sampled_map(size)
+    scores = banked.score(spoilt.pictures, sampled, sampled.truth(spoilt))
     trials = []
     for rows in sorted(scores.distance):
         for alpha in [wishes.alpha] if wishes.alpha is not None else ALPHAS:
@@ -233,35 +240,50 @@ def _neighbours(wishes: Wishes) -> Sequence[int]:
     return [wishes.k] if wishes.k else NEIGHBOURS
 
 
-def _score(ground: _Ground, network: FeatureNetwork, preprocessing: Preprocessing, coresets: Sequence[int]) -> _Scores:
-    """Bank, queries, maps. Greedy picks are nested: one coreset holds all the smaller ones."""
-    rows = [network.run(read_pixels(picture, preprocessing)).copy() for picture in ground.banked]
-    full = torch.from_numpy(np.concatenate(rows))
-    generator = torch.Generator().manual_seed(ground.seed)
-    drawn = torch.randperm(len(full), generator=generator)[:_MOST_CANDIDATE_ROWS]
-    with bank.one_thread():
-        core_rows = drawn[bank.choose_core(full[drawn], max(coresets), ground.seed)]
-        neighbours = [k for k in _neighbours(ground.wishes) if k < len(full)] or _neighbours(ground.wishes)
-        densities = bank.local_densities(full, core_rows, neighbours, ground.threads).numpy()
-    spoilt = spoil([read_pixels(picture, preprocessing) for picture in ground.held], each=_DEFECTS, seed=ground.seed)
-    limits = sorted({min(rows_, len(core_rows)) for rows_ in coresets})
-    size = preprocessing.size
-    sampled = SampledMap(size, (size[0] // 8, size[1] // 8), smoothing_sigma(size))
-    distance: dict[int, list[FloatArray]] = {limit: [] for limit in limits}
-    density: dict[tuple[int, int], list[FloatArray]] = {(limit, k): [] for limit in limits for k in neighbours}
-    core = full[core_rows]
-    biases = core.square().sum(1).mul_(-0.5)
-    for pixels in spoilt.pictures:
-        features = torch.from_numpy(network.run(pixels))
-        for limit, (nearest, values) in _nested_nearest(features, core, biases, limits).items():
-            distance[limit].append(sampled.sample(values))
-            for column, k in enumerate(neighbours):
-                density[limit, k].append(sampled.sample(densities[nearest, column]))
-    return _Scores(
-        {key: np.stack(value) for key, value in distance.items()},
-        {key: np.stack(value) for key, value in density.items()},
-        sampled.truth(spoilt),
-    )
+class GridBank:
+    """A memory bank for every setting of one view at once: greedy picks are nested, one coreset holds all smaller ones.
+
+    Made of pictures (h w 3), 0..255, of the network's size.
+    """
+
+    def __init__(
+        self, network: FeatureNetwork, pictures: Iterable[FloatArray], *, coresets: Sequence[int],
+        neighbours: Sequence[int], threads: int, seed: int,
+    ) -> None:  # fmt: skip
+        self._network = network
+        full = torch.from_numpy(np.concatenate([network.run(pixels).copy() for pixels in pictures]))
+        drawn = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))[:_MOST_CANDIDATE_ROWS]
+        self.neighbours = [k for k in neighbours if k < len(full)] or list(neighbours)
+        with bank.one_thread():
+            rows = drawn[bank.choose_core(full[drawn], max(coresets), seed)]
+            self._densities = bank.local_densities(full, rows, self.neighbours, threads).numpy()
+        self._core = full[rows]
+        self._biases = self._core.square().sum(1).mul_(-0.5)
+        self.limits = sorted({min(limit, len(rows)) for limit in coresets})
+
+    def score(self, pictures: Iterable[FloatArray], sampled: SampledMap, truth: Truth) -> GridScores:
+        """Sampled maps of pictures for every setting."""
+        distance: dict[int, list[FloatArray]] = {limit: [] for limit in self.limits}
+        density: dict[tuple[int, int], list[FloatArray]] = {
+            (limit, k): [] for limit in self.limits for k in self.neighbours
+        }
+        for pixels in pictures:
+            features = torch.from_numpy(self._network.run(pixels))
+            found = _nested_nearest(features, self._core, self._biases, self.limits)
+            for limit, (nearest, values) in found.items():
+                distance[limit].append(sampled.sample(values))
+                for column, k in enumerate(self.neighbours):
+                    density[limit, k].append(sampled.sample(self._densities[nearest, column]))
+        return GridScores(
+            {key: np.stack(value) for key, value in distance.items()},
+            {key: np.stack(value) for key, value in density.items()},
+            truth,
+        )
+
+
+def sampled_map(size: tuple[int, int]) -> SampledMap:
+    """For a network input of this size."""
+    return SampledMap(size, (size[0] // 8, size[1] // 8), smoothing_sigma(size))
 
 
 def _nested_nearest(
@@ -280,7 +302,7 @@ def _nested_nearest(
     return found
 
 
-def _take(trials: Sequence[Trial], kept: Mapping[Settings, _Scores], defaults: Settings) -> Choice:
+def _take(trials: Sequence[Trial], kept: Mapping[Settings, GridScores], defaults: Settings) -> Choice:
     """The best setting, unless plain 1-NN at the default input is as good as far as one can tell."""
     if not trials:
         return Choice(defaults, "no setting of the grid fits --budget-ms; the defaults were taken")

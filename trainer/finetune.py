@@ -12,20 +12,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
-from torch.overrides import TorchFunctionMode
 
 from daemon.errors import DataError, UsageError
 from daemon.types import FloatArray
@@ -35,6 +31,7 @@ from trainer.fills import make_material
 from trainer.progress import say
 from trainer.schedule import Schedule
 from trainer.shapes import BoolArray
+from trainer.tuning import Clocked, ExactDepthwise, Finetuned, freeze_fine, has_bf16, make_ahead
 
 DEFECTMAKER = Recipe(("blob", "scar", "clump"), ("cut", "noise"))
 KINDS = tuple((shape, fill) for fill in DEFECTMAKER.fills for shape in DEFECTMAKER.shapes)  # classes 1..6
@@ -45,20 +42,6 @@ _HEAD_WIDTHS = (512, 256)
 _SURE = 1e-6  # from 0 and 1, that a probability is kept
 _TRAIN, _FRESH = 0, 1  # two streams of random numbers: what is judged on was never trained on
 _FRESH_SOURCES = 32  # 224 views: an accuracy is known to some 3 points
-_AHEAD = 2  # batches
-_SAY_EVERY_S = 10.0
-_PROBE = 128  # pixels a side of the image that shows which layer has which stride
-
-
-@dataclass(frozen=True)
-class Finetuned:
-    """The backbone after `steps` updates; mean losses of their first and last tenth; accuracy (0..1) on fresh views."""
-
-    backbone: Backbone
-    steps: int
-    loss_first: float
-    loss_last: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -103,9 +86,9 @@ def finetune(
         raise UsageError(f"found sources {sources} and accumulate {accumulate}, wanted 1 or more: correct them")
     views = _Views(images, foreground, sources, seed)
     classifier = _Classifier(backbone, freeze_below, seed)
-    plan, clocked = _Plan(lr, backbone_lr, accumulate, frozen_share), _Clocked(schedule, clock)
+    plan, clocked = _Plan(lr, backbone_lr, accumulate, frozen_share), Clocked(schedule, clock)
     with ThreadPoolExecutor(1) as pool:
-        losses = _train(classifier, _make_ahead(views, pool), plan, clocked)
+        losses = _train(classifier, make_ahead(lambda number: views.make(_TRAIN, number), pool), plan, clocked)
     spent, accuracy = clocked.elapsed(), _judge(classifier, views)
     tenth = max(1, len(losses) // 10)
     first, last = (float(np.mean(part)) for part in (losses[:tenth], losses[-tenth:]))
@@ -168,42 +151,7 @@ def _augment(image: FloatArray, region: BoolArray, rng: np.random.Generator) -> 
     return augment(image, rng), turned
 
 
-def _make_ahead(views: _Views, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
-    """Batches 0, 1, .. for training; the next ones are made while one is learnt from."""
-    waiting: list[Future[_Batch]] = []
-    for number in count():
-        waiting.append(pool.submit(views.make, _TRAIN, number))
-        if len(waiting) > _AHEAD:
-            yield waiting.pop(0).result()
-
-
-class _Clocked:
-    """How much of a schedule is over, and a line about it every ten seconds."""
-
-    def __init__(self, schedule: Schedule, clock: Callable[[], float]) -> None:
-        self._schedule, self._clock = schedule, clock
-        self._started = self._said = clock()
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return self._clock() - self._started
-
-    def share(self, steps: int) -> float:
-        """0 at the start, 1 and above when it is over."""
-        if self._schedule.steps is not None:
-            return steps / self._schedule.steps
-        assert self._schedule.seconds is not None
-        return self.elapsed() / self._schedule.seconds
-
-    def tell(self, steps: int, share: float, loss: float) -> None:
-        now = self._clock()
-        if now - self._said >= _SAY_EVERY_S and share < 1.0:
-            self._said = now
-            left = (now - self._started) * (1.0 / share - 1.0)
-            say(f"fine-tuning: {steps} updates, loss {loss:.3f}, some {left:.0f} s left")
-
-
-def _train(classifier: _Classifier, batches: Iterator[_Batch], plan: _Plan, clocked: _Clocked) -> list[float]:
+def _train(classifier: _Classifier, batches: Iterator[_Batch], plan: _Plan, clocked: Clocked) -> list[float]:
     """Train until the schedule is over, one update at least; the loss of each update."""
     groups = [{"params": list(classifier.head.parameters())}, {"params": classifier.thawing}]
     optimizer = torch.optim.SGD(groups, lr=plan.head_lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
@@ -248,11 +196,11 @@ class _Classifier(nn.Module):
     def __init__(self, backbone: Backbone, freeze_below: int, seed: int) -> None:
         super().__init__()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.has_bf16 = _has_bf16(self.device)
+        self.has_bf16 = has_bf16(self.device)
         # Evaluation mode throughout: the statistics of 28 views of four images are these images' own and would ruin
         # ImageNet's, which the exported network uses; scale and shift of these layers are trained.
         self.network = copy.deepcopy(backbone.network).eval().requires_grad_(True)
-        channels = _freeze_fine(self.network, freeze_below)
+        channels = freeze_fine(self.network, freeze_below)
         self.thawing = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -265,7 +213,7 @@ class _Classifier(nn.Module):
         inputs = (torch.from_numpy(pixels).to(self.device) - self.mean) / self.std
         # Pixels that have their channels last in memory already are as oneDNN is fastest with.
         fast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.has_bf16)
-        with torch.set_grad_enabled(is_thawed), fast, _ExactDepthwise() if is_thawed else nullcontext():
+        with torch.set_grad_enabled(is_thawed), fast, ExactDepthwise() if is_thawed else nullcontext():
             maps = [found.float() for found in self.network(inputs.permute(0, 3, 1, 2))]
         pooled = torch.cat([pool for found in maps for pool in (found.mean((2, 3)), found.amax((2, 3)))], dim=1)
         return torch.as_tensor(self.head(pooled))
@@ -281,54 +229,9 @@ class _Classifier(nn.Module):
         return bool(torch.stack(sums).isfinite().all())
 
 
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return "BF16" in list(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-
-
 def _make_head(width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for wider in _HEAD_WIDTHS:
         layers += [nn.Linear(width, wider), nn.BatchNorm1d(wider), nn.ReLU()]
         width = wider
     return nn.Sequential(*layers, nn.Linear(width, CLASSES))
-
-
-class _ExactDepthwise(TorchFunctionMode):
-    """Depthwise convolutions in float32: oneDNN takes four times as long over their weights' gradients in bf16."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        is_slow = func is F.conv2d and len(args) > 1 and args[1].shape[1] == 1 and args[1].requires_grad
-        if is_slow and args[0].device.type == "cpu":
-            args = (args[0].float(), *args[1:])
-            with torch.autocast("cpu", enabled=False):
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _freeze_fine(network: nn.Module, stride: int) -> int:
-    """Freeze all layers up to the last one whose output is finer than the stride; the maps' channels, summed.
-
-    By the order in which they run, since a squeeze-and-excite between fine layers has an output of one pixel.
-    """
-    ran: list[tuple[nn.Module, int]] = []
-
-    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            ran.append((module, round(_PROBE / output.shape[-2]) if output.ndim == 4 else _PROBE))
-
-    own = [module for module in network.modules() if next(module.parameters(recurse=False), None) is not None]
-    hooks = [module.register_forward_hook(note) for module in own]
-    with torch.no_grad():
-        maps = network(torch.zeros(1, 3, _PROBE, _PROBE))
-    for hook in hooks:
-        hook.remove()
-    fine = [number for number, (_, found) in enumerate(ran) if found < stride]
-    for module, _ in ran[: fine[-1] + 1 if fine else 0]:
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(False)
-    return sum(found.shape[1] for found in maps)

@@ -1,0 +1,162 @@
+"""The last steps of build_engines.py: scores of good images, the limit, golden frames, the report, the seal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version as library_version
+from pathlib import Path
+from statistics import median
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from daemon import __version__, bundle
+from daemon.inspection.backend import open_backend
+from daemon.inspection.golden import check_golden, read_golden
+from daemon.inspection.pipeline import Pipeline
+from daemon.types import FloatArray
+from trainer import calibrate, dataset
+from trainer.build import Chosen
+from trainer.calibrate import GoodScores
+from trainer.dataset import Picture, Splits
+from trainer.draft import Draft, manifest_fields
+from trainer.golden import pick_golden, write_golden
+from trainer.progress import say, track, warn
+from trainer.settings import FEW_IMAGES
+from trainer.site import Options, Site
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Evaluation
+
+_LIBRARIES = ("torch", "onnx", "openvino", "numpy", "opencv-python-headless")
+_TIMED = 15  # frames
+
+
+def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipeline: Pipeline) -> GoodScores:
+    """Scores as the daemon will give them, of all images that the bank has not seen."""
+    if splits.few:
+        from trainer.few import leave_one_out
+
+        scores = leave_one_out(options, site, splits.train, draft)
+        own = _score(pipeline, splits.train, "the engine's own score of the image") if len(scores) == 1 else scores
+        return GoodScores(own, scores)
+    return GoodScores(
+        _score(pipeline, splits.select, "scores of the select images"),
+        _score(pipeline, splits.calibrate, "scores of the calibration images"),
+    )
+
+
+def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatArray:
+    scores = [pipeline.anomaly_map(dataset.read_frame(picture.path)).score for picture in track(pictures, what)]
+    return np.array(scores, np.float32)
+
+
+def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
+    """The conformal limit from the calibration scores alone."""
+    product = calibrate.conformal_limit(scores.calibrate, options.false_reject)
+    if product.n == 1:
+        # One score is limit and median at once, and their distance is what golden frames are measured by.
+        product = product.model_copy(update={"medianGood": min(product.medianGood, float(scores.select[0]))})
+    say(f"limit: {product.limit:.4g} (median good part {product.medianGood:.4g}), from {product.n} scores")
+    return replace(draft, product=product)
+
+
+def find_doubts(splits: Splits, draft: Draft, scores: GoodScores) -> list[str]:
+    """Warn of everything that makes the limit doubtful; the report repeats it."""
+    doubts = calibrate.find_doubts(draft.product, scores)
+    if splits.few:
+        doubts.append(
+            f"{len(splits.train)} good images are too few to divide (wanted {FEW_IMAGES} or more): each was scored by "
+            "an engine made without it, so the limit is rough; build again when there are more"
+        )
+    if splits.few and splits.leaked:
+        doubts.append(f"{splits.leaked} of the images are copies of others: the limit is too low")
+    elif splits.leaked:
+        doubts.append(f"{splits.leaked} calibration images are copies of training images: the limit is too low")
+    if splits.skipped:
+        doubts.append(f"{len(splits.skipped)} corrupt files were skipped: {', '.join(splits.skipped)}")
+    for doubt in doubts:
+        warn(doubt)
+    return doubts
+
+
+def add_golden(
+    options: Options, site: Site, splits: Splits, draft: Draft, *, scores: GoodScores, pipeline: Pipeline
+) -> Draft:
+    """Keep a few frames with their scores, for every machine to reproduce."""
+    # A golden score is this engine's own; scores with one image left out are other engines'.
+    seen = _score(pipeline, splits.calibrate, "scores of the images") if splits.few else scores.calibrate
+    golden = pick_golden(pipeline, splits.calibrate, seen, draft.product)
+    return replace(draft, golden=tuple(write_golden(site.folder, options.name, golden)))
+
+
+def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
+    """Judge the labelled test folder, where one is given."""
+    if options.test is None:
+        return None
+    from trainer.evaluate import evaluate_images
+
+    return evaluate_images(pipeline, options.test, options.name)
+
+
+def describe_training(options: Options, site: Site, splits: Splits) -> dict[str, Any]:
+    """What the engine was made of and with: enough to make it again."""
+    given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    return {
+        "dataDigest": splits.digest,
+        "images": splits.counts,
+        "skipped": list(splits.skipped),
+        "options": given,
+        "seed": options.seed,
+        "versions": {"inspectd": __version__, **{name: library_version(name) for name in _LIBRARIES}},
+        "buildSeconds": round(monotonic() - site.started, 1),
+    }
+
+
+def write_report(
+    options: Options, site: Site, splits: Splits, chosen: Chosen, draft: Draft, *,
+    scores: GoodScores, doubts: list[str], pipeline: Pipeline, evaluation: Evaluation | None,
+) -> None:  # fmt: skip
+    """Write report.html into the bundle."""
+    from trainer.report import Contents
+    from trainer.report import write_report as write
+
+    seconds = monotonic() - site.started
+    reasons = tuple(line for line in (chosen.tuning, draft.weighing) if line)
+    contents = Contents(
+        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation, chosen.choice, reasons
+    )  # fmt: skip
+    write(site.folder / "report.html", contents)
+
+
+def _say_time(pipeline: Pipeline, options: Options) -> None:
+    """What a frame takes on this machine, which the choice by nominal cost does not know."""
+    first = pipeline.bundle.manifest.golden.frames[0].file
+    frame = read_golden(pipeline.bundle.read(first), first)
+    spent_ms = []
+    for _ in range(_TIMED):
+        started = perf_counter()
+        pipeline.anomaly_map(frame)
+        spent_ms.append(1000.0 * (perf_counter() - started))
+    found = median(spent_ms)
+    say(f"a frame takes {found:.1f} ms here, --budget-ms is {options.budget_ms:g}")
+    if found > options.budget_ms:
+        warn(
+            f"a frame takes {found:.1f} ms on this machine, more than the {options.budget_ms:g} wanted: settings are "
+            "chosen by their cost on the reference machine; where the line's is like this one, lower --budget-ms"
+        )
+
+
+def seal(options: Options, site: Site, draft: Draft, training: dict[str, Any], evaluation: Evaluation | None) -> None:
+    """Sign the bundle, then open it as the daemon will and replay the golden frames."""
+    fields = manifest_fields(options, site, draft)
+    fields |= {"metrics": evaluation.figures if evaluation else {}, "training": training}
+    bundle.seal_bundle(site.folder, fields, site.key)
+    sealed = bundle.open_bundle(site.folder, site.trusted)
+    pipeline = Pipeline(sealed, open_backend(sealed, "cpu", "f32", options.threads))
+    deviation = check_golden(pipeline)
+    _say_time(pipeline, options)
+    pipeline.backend.close()
+    say(f"golden frames: {len(draft.golden)} reproduced, at most {deviation:.1%} of what is allowed")
