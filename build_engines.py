@@ -64,7 +64,7 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 )
 @click.option("--steps", type=click.IntRange(0), help="Train exactly so many steps instead: the build can be repeated.")
 @click.option(
-    "--finetune", type=click.Choice(["auto", "outline", "classes", "off"]), default="auto",
+    "--finetune", type=click.Choice(["off", "outline", "classes"]), default="off",
     help="Of the feature network, kept where it helps: to outline synthetic defects, or DefectMaker's classes.",
 )  # fmt: skip
 @click.option(

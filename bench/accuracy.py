@@ -36,16 +36,21 @@ SEEDS = (0, 1, 2)
 ELPV = ("elpv-mono", "elpv-poly")
 _ELPV_TRAIN = 300
 _KEYS = ("imageAuroc", "imageAp", "pixelAuroc", "aupro", "pixelAp", "f1AtLimit", "falseRejectRate", "escapeRate")
-_FIXED = ["--budget", "0", "--branches", "ldknn", "--size", "256", "--coreset", "4000"]
+_PLAIN = ["--size", "256", "--coreset", "4000", "--k", "9", "--alpha", "0"]
+_FIXED = ["--budget", "0", "--branches", "ldknn"]
+# Fixed settings but for the part in question, so that it alone makes the difference.
+_TUNED, _REPAIR = [*_PLAIN, "--branches", "ldknn"], [*_PLAIN, "--branches", "repair"]
 # Options of build_engines.py for each variant; --budget-ms and --budget come from the command line.
 VARIANTS: dict[str, list[str]] = {
-    "1-NN": [*_FIXED, "--k", "9", "--alpha", "0"],
-    "LDKNN fixed": [*_FIXED, "--k", "9", "--alpha", "0.25"],
-    "LDKNN chosen": ["--branches", "ldknn", "--finetune", "off"],
-    "LDKNN chosen, DefectMaker": ["--branches", "ldknn"],
-    "repair": ["--branches", "repair", "--finetune", "off"],
-    "repair, ordinary denoising": ["--branches", "repair", "--finetune", "off", "--noise", "input-only"],
-    "repair without noise": ["--branches", "repair", "--finetune", "off", "--noise", "none"],
+    "1-NN": [*_FIXED, *_PLAIN],
+    "LDKNN fixed": [*_FIXED, *_PLAIN[:-1], "0.25"],
+    "LDKNN chosen": ["--branches", "ldknn"],
+    "1-NN, DefectMaker": [*_TUNED, "--finetune", "classes"],
+    "1-NN, outline": [*_TUNED, "--finetune", "outline"],
+    "repair": _REPAIR,
+    "repair, ordinary denoising": [*_REPAIR, "--noise", "input-only"],
+    "repair without noise": [*_REPAIR, "--noise", "none"],
+    "repair of the image": [*_REPAIR, "--repair", "image"],
     "fused": [],
 }
 
@@ -107,7 +112,7 @@ def one_run(data: Path, name: str, options: list[str], seed: int) -> dict[str, A
         pipeline = open_pipeline(bundle, place / "keys" / "trusted.yaml")
         found = evaluate(pipeline, tested, name)
         manifest = pipeline.bundle.manifest
-        kept = ("settings:", "fine-tuning kept", "fine-tuning not", "repair weight", "repair: ")
+        kept = ("settings:", "fine-tuning kept", "fine-tuning not", "repair weight", "repair of ")
         return {
             **{key: found[key] for key in _KEYS},
             "n": found["n"],
@@ -168,7 +173,7 @@ def summarise(runs: Any) -> dict[str, Any]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         options = run["options"]
-        budget = "" if "--k" in options else f", {options[options.index('--budget-ms') + 1]} ms"
+        budget = "" if "--k" in options else f", {float(options[options.index('--budget-ms') + 1]):g} ms"
         groups.setdefault((run["set"], run["variant"] + budget), []).append(run)
     summary: dict[str, Any] = {}
     for (name, variant), members in sorted(groups.items()):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.choose import Choice
 
 _CHOICE_SHARE = 0.4  # of the budget
-_TUNING_SHARE, _SHORTEST_TUNING_S = 0.2, 60.0
+_TUNING_SHARE, _SHORTEST_TUNING_S = 0.35, 30.0
 _MOST_TUNING_STEPS = 300  # REB's
 _SHORTEST_TRAINING_S = 15.0
 _PREVIEWED = 24  # images

@@ -1,8 +1,9 @@
 """Fine-tuning of the backbone: it learns to outline synthetic defects, so that its features tell them from texture.
 
-DefectMaker (trainer/finetune.py) asks which of seven kinds a view is; this asks which pixels were changed, and so
-teaches WHERE as well as what: on magnetic_tile it moved the nearest neighbour's pixel AUROC from 0.84 to 0.88 where
-DefectMaker's classes did nothing (docs/accuracy.md). A small head over the engine's own two maps gives one logit for
+DefectMaker (trainer/finetune.py) asks which of seven kinds a view is; this asks which pixels were changed. Off by
+default, since it helps one product and hurts another (docs/accuracy.md): the nearest neighbour's pixel AUROC rose by
+four points on magnetic_tile, and its image AUROC fell by three on polycrystalline cells, whose own grain is as
+irregular as the defects that it learns to see. A small head over the engine's own two maps gives one logit for
 4x4 pixels; loss: focal (Lin et al. 2017, gamma 2) and dice, since a defect covers a few per cent. The head is
 thrown away: as a detector it knows the synthetic defects and not the real ones (docs/accuracy.md).
 """
