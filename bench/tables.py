@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from statistics import mean
 from typing import Any
 
 import click
 
 from bench.record import RESULTS, ROOT
 
-_BEGIN, _END = "<!-- measured:begin -->", "<!-- measured:end -->"
-
 
 def table() -> str:
-    """The block between the marks, from line.json, accuracy.json and demo.json."""
+    """README's, from line.json, accuracy.json and demo.json."""
     line, accuracy, demo = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("line", "accuracy", "demo"))
     runs = {(run["precision"], run["threads"]): run for run in line["quietest"]}
     machine = line["machine"]
@@ -48,7 +47,7 @@ def table() -> str:
         f"{line['bankRows']} rows, through the encrypted sockets, the quietest of the rounds. Made by "
         "`python -m bench.tables` from [bench/results](bench/results), which say commit, versions and options."
     )
-    return "\n".join([_BEGIN, head, "", *(f"| {left} | {right} |" for left, right in rows), _END])
+    return "\n".join([head, "", *(f"| {left} | {right} |" for left, right in rows)])
 
 
 def _accuracy_row(name: str, variants: dict[str, Any]) -> tuple[str, str]:
@@ -59,7 +58,7 @@ def _accuracy_row(name: str, variants: dict[str, Any]) -> tuple[str, str]:
 
 
 def _fullest(variants: dict[str, Any]) -> str:
-    for kind in ("fused", "LDKNN chosen, DefectMaker", "LDKNN chosen", "LDKNN fixed"):
+    for kind in ("fused", "LDKNN chosen", "LDKNN fixed"):
         for name in variants:
             if name.startswith(kind):
                 return name
@@ -81,7 +80,69 @@ def accuracy_tables() -> str:
             cells = [_figure(found, key) for key in columns.values()]
             lines.append(f"| {variant} | {found['imageAuroc']['seeds']} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
-    return "\n".join([_BEGIN, "", "\n\n".join(blocks), "", _END])
+    return "\n\n".join(blocks)
+
+
+_NOISES = ("repair", "repair, ordinary denoising", "repair without noise")
+
+
+def noise_table() -> str:
+    """Noise & Pattern's claim: mean over the sets that all three trainings have, of each set's mean over its seeds."""
+    summary = json.loads((RESULTS / "accuracy.json").read_text())["summary"]
+    sets = [name for name, variants in summary.items() if set(_NOISES) <= set(variants)]
+    if not sets:
+        return "Not measured yet."
+    lines = [
+        f"Over {', '.join(sets)}.",
+        "",
+        "| training | image AUROC | pixel AUROC (sets with masks) |",
+        "|---|---|---|",
+    ]
+    for variant in _NOISES:
+        figures = []
+        for key in ("imageAuroc", "pixelAuroc"):
+            found = [summary[name][variant][key]["mean"] for name in sets if key in summary[name][variant]]
+            figures.append(f"{mean(found):.3f}" if found else "-")
+        words = "anchored noise" if variant == "repair" else variant.removeprefix("repair").strip(", ")
+        lines.append(f"| {words} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def choice_table() -> str:
+    """Each set: plain 1-NN, the chosen setting, the best of the grid; means over the seeds."""
+    path = RESULTS / "choice.json"
+    runs = list(json.loads(path.read_text())["runs"].values()) if path.exists() else []
+    lines = [
+        "| data | seeds | plain 1-NN | chosen | best at its input | best of all | worst loss | rank correlation |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(run["set"] for run in runs):
+        own = [run for run in runs if run["set"] == name]
+        figures = [f"{mean(run[key] for run in own):.3f}" for key in ("plain", "chosen", "bestAtInput", "best")]
+        worst = min(run["chosen"] - run["plain"] for run in own)
+        correlations = [run["rankCorrelation"] for run in own if run["rankCorrelation"] == run["rankCorrelation"]]
+        correlation = f"{mean(correlations):.2f}" if correlations else "-"
+        lines.append(f"| {name} | {len(own)} | {' | '.join(figures)} | {worst:+.3f} | {correlation} |")
+    return "\n".join(lines)
+
+
+def limit_table() -> str:
+    """The promise under redraws, for each product, from limits.json."""
+    found = json.loads((RESULTS / "limits.json").read_text())
+    lines = [
+        "| product | n / held out | wanted | mean false rejects | over bound95 (perfect pool) | capture order (bound95) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, product in found["products"].items():
+        for target in product["targets"]:
+            promised = "" if target["supported"] else f", {target['promised']:.1%} supported"
+            order = target["captureOrder"]
+            lines.append(
+                f"| {name} | {target['n']} / {target['m']} | {target['target']:.0%}{promised} | "
+                f"{target['falseRejectRate']:.2%} | {target['shareOverBound']:.1%} ({target['exactShare']:.1%}) | "
+                f"{order['falseRejectRate']:.1%} ({order['bound95']:.1%}) |"
+            )
+    return "\n".join(lines)
 
 
 def _figure(found: dict[str, Any], key: str) -> str:
@@ -91,6 +152,15 @@ def _figure(found: dict[str, Any], key: str) -> str:
     digits = 1 if key in {"msAFrame", "buildSeconds"} else 3
     spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{spread}"
+
+
+def put(text: str, mark: str, block: str) -> str:
+    """The page with what stands between a mark's begin and end replaced."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        sys.exit(f"found {text.count(begin)} of {begin} and {text.count(end)} of {end}, wanted one of each")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
 
 
 def _times(statistics: dict[str, float]) -> str:
@@ -105,13 +175,20 @@ def _by(size: list[int]) -> str:
 @click.option("--check", is_flag=True)
 def main(check: bool) -> None:  # noqa: FBT001 - click
     """Write the tables, or say which page lacks them."""
+    blocks = {
+        ("README.md", "measured"): table(),
+        ("docs/accuracy.md", "measured"): accuracy_tables(),
+        ("docs/accuracy.md", "noise"): noise_table(),
+        ("docs/accuracy.md", "choice"): choice_table(),
+        ("docs/accuracy.md", "limit"): limit_table(),
+    }
     stale = []
-    for path, block in ((ROOT / "README.md", table()), (ROOT / "docs" / "accuracy.md", accuracy_tables())):
+    for (name, mark), block in blocks.items():
+        path = ROOT / name
         text = path.read_text()
-        before, _, rest = text.partition(_BEGIN)
-        wanted = before + block + rest.partition(_END)[2]
+        wanted = put(text, mark, block)
         if text != wanted:
-            stale.append(path.name)
+            stale.append(f"{name} ({mark})")
             if not check:
                 path.write_text(wanted)
     if check and stale:
