@@ -130,7 +130,7 @@ def limit_table() -> str:
     """The promise under redraws, for each product, from limits.json."""
     found = json.loads((RESULTS / "limits.json").read_text())
     lines = [
-        "| product | n / held out | wanted | mean false rejects | over bound95 (perfect pool) | capture order (bound95) |",
+        "| product | n / held out | wanted | mean false rejects | over bound95 (perfect pool) | capture order |",
         "|---|---|---|---|---|---|",
     ]
     for name, product in found["products"].items():
