@@ -208,6 +208,20 @@ def test_setting_that_ranks_images_worse_is_not_taken_for_its_pixels():
     assert choice.trials[0] is other
 
 
+def test_settings_of_two_input_sizes_are_compared():
+    small, large = scores(MIXED, SEPARATE), scores(SEPARATE, SEPARATE)
+    large = choosing.GridScores(
+        {100: np.repeat(large.distance[100], 4, axis=1)},
+        {},
+        Truth(np.repeat(large.truth.mask, 4, 1), large.truth.source),
+    )
+    kept = {Settings(64, View(), 100, 1, 0.0): small, Settings(128, View(), 100, 1, 0.0): large}
+    trials = [Trial(each, find_merit(kept[each].maps(each), kept[each].truth), 1.0) for each in kept]
+    choice = choosing._take(trials, kept, Settings())
+    assert choice.settings.long_side == 128
+    assert "over plain 1-NN" in choice.reason
+
+
 def test_without_plain_in_the_grid_the_best_is_taken():
     made = scores(MIXED, SEPARATE)
     trials = [

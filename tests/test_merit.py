@@ -76,14 +76,25 @@ def test_standard_error_is_that_of_fresh_samples():
         (one, truth), (other, _) = (make_maps(seed + 1000 * index, gain=gain) for index, gain in enumerate(gains))
         differences.append(find_merit(one, truth).value - find_merit(other, truth).value)
         if seed < 10:
-            errors.append(standard_error(one, other, truth))
+            errors.append(standard_error((one, truth), (other, truth)))
     spread = np.std(differences)
     assert 0.6 * spread < np.mean(errors) < 1.5 * spread
 
 
 def test_equal_maps_have_no_error():
     maps, truth = make_maps(0)
-    assert standard_error(maps, maps, truth) == 0.0
+    assert standard_error((maps, truth), (maps, truth)) == 0.0
+
+
+def test_maps_of_two_resolutions_are_compared():
+    """A coarser map that says the same has all but the same merit in every redraw."""
+    maps, truth = make_maps(0)
+    coarse = maps.reshape(len(maps), 16, 4).mean(2)
+    of_coarse = Truth(truth.mask.reshape(len(maps), 16, 4).any(2), truth.source)
+    fine = np.repeat(coarse, 4, axis=1)
+    of_fine = Truth(np.repeat(of_coarse.mask, 4, axis=1), truth.source)
+    assert standard_error((coarse, of_coarse), (fine, of_fine)) < 1e-12
+    assert standard_error((coarse, of_coarse), (maps, truth)) > 0.001
 
 
 # Merit

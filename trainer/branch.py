@@ -187,7 +187,7 @@ def choose_weight(pipeline: Pipeline, pictures: Sequence[Picture], draft: Draft,
     fused = {weight: maps["ldknn"] + np.float32(weight) * maps["repair"] for weight in WEIGHTS}
     merits = {weight: find_merit(values, truth) for weight, values in fused.items()}
     best = max(merits, key=lambda weight: merits[weight].value)
-    error = standard_error(fused[best], fused[0.0], truth)
+    error = standard_error((fused[best], truth), (fused[0.0], truth))
     taken = best if is_better(merits[best], merits[0.0], error) else 0.0
     tried = ", ".join(f"{weight:g}: {merit.value:.3f}" for weight, merit in merits.items())
     return taken, f"repair weight {taken:g} (merit by weight {tried}; standard error {error:.3f})"

@@ -173,8 +173,8 @@ def compare(
     for backbone in (before, after):
         ground = _Ground(backbone, *divided, wishes, threads, seed)
         tried += _try_view(ground, settings.long_side, settings.view)
-    first, second = (scores.maps(trial.settings) for trial, scores in tried)
-    return Comparison(tried[0][0], tried[1][0], standard_error(first, second, tried[0][1].truth))
+    first, second = ((scores.maps(trial.settings), scores.truth) for trial, scores in tried)
+    return Comparison(tried[0][0], tried[1][0], standard_error(first, second))
 
 
 def _divide(good: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
@@ -313,8 +313,8 @@ def _take(trials: Sequence[Trial], kept: Mapping[Settings, GridScores], defaults
         return Choice(order[0].settings, reason, order)
     plain = max(plain_ones, key=lambda trial: (trial.settings.coreset <= defaults.coreset, trial.settings.coreset))
     best = next(trial for trial in order if trial.merit.image_auroc >= plain.merit.image_auroc)
-    scores = kept[plain.settings]
-    error = standard_error(kept[best.settings].maps(best.settings), scores.maps(plain.settings), scores.truth)
+    sides = [(kept[trial.settings].maps(trial.settings), kept[trial.settings].truth) for trial in (best, plain)]
+    error = standard_error(sides[0], sides[1])
     found = f"{best.merit.value - plain.merit.value:+.3f} +- {error:.3f}"
     if is_better(best.merit, plain.merit, error):
         return Choice(best.settings, f"{found} over plain 1-NN on synthetic defects", order, plain)

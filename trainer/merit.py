@@ -122,15 +122,16 @@ def auroc(values: FloatArray, positive: BoolArray) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
-def standard_error(one: FloatArray, other: FloatArray, truth: Truth) -> float:
+def standard_error(one: tuple[FloatArray, Truth], other: tuple[FloatArray, Truth]) -> float:
     """Of the difference of the merits of two sets of maps (images, pixels), by a paired bootstrap over good images.
 
-    A good image is drawn together with the defects made of it: they are no independent witnesses.
+    Both are of the same images, at the same or at different resolutions. A good image is drawn together with the
+    defects made of it: they are no independent witnesses.
     """
-    sources = int(truth.source.max()) + 1
+    sources = int(one[1].source.max()) + 1
     drawn = np.random.default_rng(0).integers(sources, size=(_REDRAWS, sources))
     times = np.stack([np.bincount(row, minlength=sources) for row in drawn])  # (redraws, sources)
-    first, second = (_redrawn_merits(maps, truth, times) for maps in (one, other))
+    first, second = (_redrawn_merits(maps, truth, times) for maps, truth in (one, other))
     return float(np.std(first - second))
 
 
