@@ -45,6 +45,8 @@ def launch(library, kernel, grid, block, *arguments, late=False):
             held.append(ctypes.c_void_p(argument.ctypes.data))
         elif argument is None:
             held.append(ctypes.c_void_p(None))
+        elif isinstance(argument, (ctypes.c_void_p, ctypes.c_int, ctypes.c_float)):
+            held.append(argument)
         else:
             held.append(_CTYPES[type(argument)](argument))
     pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(item) for item in held))

@@ -222,6 +222,22 @@ def test_settings_of_two_input_sizes_are_compared():
     assert "over plain 1-NN" in choice.reason
 
 
+def test_larger_input_must_be_better_beyond_doubt():
+    """256 and 512 are both far better than plain; 512 by a hair more than 256."""
+    nearly = np.where(np.arange(40) == 20, 18, SEPARATE)  # one defect among the good ones
+    made = {
+        Settings(128, View(), 100, 1, 0.0): scores(MIXED, MIXED),
+        Settings(256, View("levelled"), 100, 1, 0.0): scores(nearly, nearly),
+        Settings(512, View("levelled"), 100, 1, 0.0): scores(SEPARATE, SEPARATE),
+    }
+    trials = [Trial(each, find_merit(kept.maps(each), kept.truth), 1.0) for each, kept in made.items()]
+    choice = choosing._take(trials, made, Settings())
+    assert choice.trials[0].settings.long_side == 512
+    assert choice.settings.long_side == 256
+    without = [trials[0], trials[2]]
+    assert choosing._take(without, made, Settings()).settings.long_side == 512
+
+
 def test_without_plain_in_the_grid_the_best_is_taken():
     made = scores(MIXED, SEPARATE)
     trials = [

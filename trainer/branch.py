@@ -25,7 +25,7 @@ from daemon.types import FloatArray
 from trainer.backbone import Backbone
 from trainer.corruption import TRAINING, Corruptor, estimate_foreground
 from trainer.dataset import Picture, Splits, list_images, read_frame
-from trainer.draft import Draft
+from trainer.draft import Draft, cpu_backend
 from trainer.export import EngineNetwork
 from trainer.features import FeatureNetwork, normalised, read_pixels
 from trainer.merit import SampledMap, Truth, find_merit, is_better, spoil, standard_error
@@ -202,7 +202,7 @@ def _branch_maps(
     sampled = SampledMap(draft.preprocessing.size, draft.grid, pipeline.bundle.manifest.fusion.smoothingSigma)
     maps: dict[str, list[FloatArray]] = {"repair": [], "ldknn": []}
     for pixels in spoilt.pictures:
-        outputs = pipeline.backend.infer(normalised(pixels, draft.preprocessing))
+        outputs = cpu_backend(pipeline).infer(normalised(pixels, draft.preprocessing))
         for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
             standard = draft.standardisation[branch]
             scores = (output.values - standard.centre) / standard.scale  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from daemon.types import FloatArray
 from trainer import calibrate, dataset
 from trainer.corruption import estimate_foreground
 from trainer.dataset import Splits
-from trainer.draft import Draft, open_draft
+from trainer.draft import Draft, cpu_backend, open_draft
 from trainer.progress import say, track, warn
 from trainer.schedule import Schedule
 from trainer.settings import FEW_IMAGES, Settings
@@ -203,7 +203,7 @@ def _repair_schedule(options: Options, site: Site) -> Schedule | None:
 
 def find_scale(options: Options, site: Site, splits: Splits, draft: Draft) -> Draft:
     """Standardise each branch on the select split's patch scores."""
-    backend = open_draft(options, site, draft).backend
+    backend = cpu_backend(open_draft(options, site, draft))
     scores: dict[str, list[FloatArray]] = {branch: [] for branch in draft.branches}
     for picture in track(splits.select, "patch scores of the select images"):
         outputs = backend.infer(backend.preprocess(dataset.read_frame(picture.path)))

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from daemon import bundle
 from daemon.bundle import BANK, CALIBRATION, NETWORKS, GoldenFrame, Manifest, Preprocessing, Product, Standardisation
 from daemon.inspection.backend import open_backend
+from daemon.inspection.backend.cpu import CpuBackend
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
 from trainer import calibrate
@@ -47,6 +48,12 @@ def open_draft(options: Options, site: Site, draft: Draft) -> Pipeline:
     """The daemon's pipeline on the draft; its backend is the caller's to close."""
     unsigned = _draft_bundle(options, site, draft, np.zeros(1, np.float32))
     return Pipeline(unsigned, open_backend(unsigned, "cpu", "f32", options.threads))
+
+
+def cpu_backend(pipeline: Pipeline) -> CpuBackend:
+    """A draft's backend, stage by stage."""
+    assert isinstance(pipeline.backend, CpuBackend)
+    return pipeline.backend
 
 
 def with_limit(options: Options, site: Site, draft: Draft, scores: GoodScores, pipeline: Pipeline) -> Pipeline:

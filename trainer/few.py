@@ -18,7 +18,7 @@ from daemon.bundle import BANK, NETWORKS
 from daemon.types import FloatArray, Tensor
 from trainer import bank
 from trainer.dataset import Picture
-from trainer.draft import Draft, open_draft
+from trainer.draft import Draft, cpu_backend, open_draft
 from trainer.features import FeatureNetwork, normalised, read_pixels
 from trainer.progress import track
 from trainer.settings import FEW_IMAGES
@@ -84,7 +84,7 @@ def leave_one_out(options: Options, site: Site, pictures: Sequence[Picture], dra
     try:
         for others, tensor in FewImages(options, site, pictures, draft).held_out():
             place.write_bytes(others)
-            backend = open_draft(options, site, draft).backend
+            backend = cpu_backend(open_draft(options, site, draft))
             scores.append(backend.postprocess(backend.infer(tensor), draft.preprocessing.size).score)
             backend.close()
     finally:

@@ -20,8 +20,8 @@ from daemon.types import FloatArray, Frame, Outcome, PixelArray
 from trainer.dataset import Picture, read_frame
 from trainer.progress import warn
 
-# Fractions of (limit - medianGood). f32: other summation orders on other processors; bf16: 8 bits of mantissa.
-TOLERANCE = {"f32": 0.001, "bf16": 0.02}
+# Fractions of (limit - medianGood). f32: other summation orders on other processors; bf16, fp16: 8 and 11 bits.
+TOLERANCE = {"f32": 0.001, "bf16": 0.02, "fp16": 0.02}
 _MARGIN = 0.05  # of (limit - medianGood): more than twice the widest tolerance
 _REJECT_MARGIN = 0.5
 _STEPS = 12

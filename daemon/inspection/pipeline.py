@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from time import perf_counter_ns
 
 import cv2
@@ -30,7 +29,6 @@ from daemon.types import (
     Outcome,
     RawFrame,
     Reason,
-    Timings,
     Verdict,
 )
 
@@ -70,27 +68,22 @@ class Pipeline:
             return Verdict(Outcome.REJECT, Reason.ENGINE_ERROR, engine=engine)
 
     def _inspect(self, raw: RawFrame, product: str) -> Verdict:
-        clock = [perf_counter_ns()]
+        started = perf_counter_ns()
         frame = decode(raw)
-        clock.append(perf_counter_ns())
-        tensor = self.backend.preprocess(frame)
-        clock.append(perf_counter_ns())
-        outputs = self.backend.infer(tensor)
-        clock.append(perf_counter_ns())
-        anomaly = self.backend.postprocess(outputs, frame_size(frame))
+        decoded = perf_counter_ns()
+        anomaly, timings = self.backend.run(frame)
+        inspected = perf_counter_ns()
         limits = self.limits(product)
         verdict = decide(anomaly, limits, self._calibration[product], self._engines[product])
         pictures = self._draw(frame, anomaly, limits, verdict, raw)
-        clock.append(perf_counter_ns())
-        decode_ms, preprocess_ms, infer_ms, postprocess_ms = (
-            (after - before) / 1e6 for before, after in pairwise(clock)
-        )
-        timings = Timings(None, decode_ms, preprocess_ms, infer_ms, postprocess_ms)
+        # What follows the backend belongs to the postprocessing; with fused stages it is all there is of it.
+        rest_ms = (perf_counter_ns() - inspected) / 1e6 + (timings.postprocess_ms or 0.0)
+        timings = replace(timings, decode_ms=(decoded - started) / 1e6, postprocess_ms=rest_ms)
         return replace(verdict, timings=timings, pictures=pictures)
 
     def anomaly_map(self, frame: Frame) -> AnomalyMap:
         """The map alone: what the trainer calibrates on and `score --maps` writes."""
-        return self.backend.postprocess(self.backend.infer(self.backend.preprocess(frame)), frame_size(frame))
+        return self.backend.run(frame)[0]
 
     def judge(self, anomaly: AnomalyMap, product: str) -> Verdict:
         """The verdict that `inspect` gives on a frame with this map."""
@@ -111,10 +104,6 @@ class Pipeline:
         if self._pictures.frame_on_reject and rejected:
             pictures["frame"] = bytes(raw.payload) if raw.encoding == "jpeg" else _encode(".jpg", for_display(frame))
         return {name: data for name, data in pictures.items() if data}
-
-
-def frame_size(frame: Frame) -> tuple[int, int]:
-    return frame.pixels.shape[0], frame.pixels.shape[1]
 
 
 def to_frame_size(mask: ByteArray, frame_hw: tuple[int, int]) -> ByteArray:

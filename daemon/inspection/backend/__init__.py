@@ -10,38 +10,42 @@ from typing import Protocol
 
 from daemon.bundle import Bundle
 from daemon.errors import DeviceError
-from daemon.types import AnomalyMap, Frame, PatchScores, Repaired, Tensor
+from daemon.types import AnomalyMap, Frame, Timings
 
-PRECISIONS = ("f32", "bf16")
+PRECISIONS = {"cpu": ("f32", "bf16"), "cuda": ("fp16",)}
 
 
 class Backend(Protocol):
-    """Four stages, called in this order for each frame. Each may raise DeviceError."""
+    """A whole frame in one call, so that a backend may fuse its stages."""
 
     name: str
     precision: str
 
-    def preprocess(self, frame: Frame) -> Tensor:
-        """(H W C) pixels -> (1 3 h w), resized and normalised as the manifest says."""
+    def run(self, frame: Frame) -> tuple[AnomalyMap, Timings]:
+        """The map (h w), whose maximum is the score, good until the next call; null for stages that are fused.
 
-    def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
-        """The branches' raw outputs; None for a branch that the bundle does not have."""
-
-    def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
-        """Standardise, combine, upsample and smooth to (h w); the score is the map's maximum."""
+        Raises DeviceError.
+        """
 
     def close(self) -> None:
         """Give back what was allocated; the backend is not used afterwards."""
 
 
 def open_backend(bundle: Bundle, kind: str = "auto", precision: str = "f32", threads: int = 2) -> Backend:
-    """The backend for this machine: `auto` is the CPU until a GPU backend is there. Raises DeviceError."""
-    if kind == "cuda":
-        raise DeviceError(
-            "backend kind 'cuda': this version runs on the CPU only; set backend.kind to auto or cpu in config.yaml"
-        )
-    if precision not in PRECISIONS:
-        raise DeviceError(f"found precision {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    """The backend for this machine. `auto` is the GPU where the bundle has a plan for one and its libraries import.
+
+    The GPU computes in fp16, whatever `precision` says of the CPU. Raises DeviceError.
+    """
+    if kind != "cpu":
+        from daemon.inspection.backend.cuda import CudaBackend, why_not
+
+        reason = why_not(bundle)
+        if reason is None:
+            return CudaBackend(bundle)
+        if kind == "cuda":
+            raise DeviceError(f"backend kind 'cuda': {reason}")
+    if precision not in PRECISIONS["cpu"]:
+        raise DeviceError(f"found precision {precision!r}, wanted one of {', '.join(PRECISIONS['cpu'])}")
     from daemon.inspection.backend.cpu import CpuBackend
 
     return CpuBackend(bundle, precision, threads)

@@ -9,6 +9,7 @@ network in bf16 shifts every feature and does not reproduce the golden frames (d
 
 from __future__ import annotations
 
+from time import perf_counter_ns
 from typing import Any
 
 import cv2
@@ -20,11 +21,11 @@ from openvino import opset13 as ops
 from daemon.bundle import NETWORKS, Bundle, Fusion, Preprocessing
 from daemon.errors import DeviceError
 from daemon.inspection.tensors import check_outputs, load_bank
-from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor
+from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor, Timings
 
 
 class CpuBackend:
-    """The Backend protocol on OpenVINO. `threads` bounds its inference threads."""
+    """The Backend protocol on OpenVINO; its stages are for the trainer and the tests. `threads` bounds inference."""
 
     name = "cpu"
 
@@ -36,7 +37,7 @@ class CpuBackend:
         self._preprocessing = manifest.preprocessing
         self._grid = manifest.grid
         self._input = np.empty((1, 3, *manifest.preprocessing.size), np.float32)
-        self._branches = {branch: _scaling(manifest.fusion, branch) for branch in manifest.branches}
+        self._branches = {branch: branch_scaling(manifest.fusion, branch) for branch in manifest.branches}
         bank = load_bank(bundle) if "ldknn" in self._branches else None
         self._network, self._search = _compile(bundle, bank, precision, threads)
         if bank is not None:
@@ -47,7 +48,19 @@ class CpuBackend:
         self._rows = smoothing_operator(manifest.preprocessing.size[0], manifest.grid[0], sigma)
         self._columns = smoothing_operator(manifest.preprocessing.size[1], manifest.grid[1], sigma).T.copy()
 
+    def run(self, frame: Frame) -> tuple[AnomalyMap, Timings]:
+        started = perf_counter_ns()
+        tensor = self.preprocess(frame)
+        prepared = perf_counter_ns()
+        outputs = self.infer(tensor)
+        inferred = perf_counter_ns()
+        found = self.postprocess(outputs, (frame.pixels.shape[0], frame.pixels.shape[1]))
+        ended = perf_counter_ns()
+        spent_ms = [spent / 1e6 for spent in (prepared - started, inferred - prepared, ended - inferred)]
+        return found, Timings(None, None, *spent_ms)
+
     def preprocess(self, frame: Frame) -> Tensor:
+        """(H W C) pixels -> (1 3 h w), resized and normalised as the manifest says."""
         return Tensor(normalise(frame, self._preprocessing, self._input))
 
     def features(self, tensor: Tensor) -> FloatArray:
@@ -69,6 +82,7 @@ class CpuBackend:
         return rows
 
     def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
+        """The branches' raw outputs; None for a branch that the bundle does not have."""
         features = self.features(tensor)
         repaired = None
         if "repair" in self._branches:
@@ -84,6 +98,7 @@ class CpuBackend:
         return repaired, PatchScores(distance_sq - self._alpha_density[nearest])
 
     def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
+        """Standardise, combine, upsample and smooth to (h w); the score is the map's maximum."""
         # Upsampling and smoothing are linear: the branches are combined first, on the small grid.
         grid = np.zeros(self._grid, np.float32)
         for branch, scores in zip(("repair", "ldknn"), outputs, strict=True):
@@ -159,7 +174,7 @@ def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
     return (gaussian @ upsample).astype(np.float32)
 
 
-def _scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:
+def branch_scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:
     """(centre, factor): a branch's scores s enter the map as (s - centre) * factor."""
     standard = fusion.standardisation[branch]
     return np.float32(standard.centre), np.float32(fusion.weights[branch]) / np.float32(standard.scale)

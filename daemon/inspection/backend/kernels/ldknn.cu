@@ -38,13 +38,6 @@ static_assert((BM / kWarpRows) * kWarpsAcross * 32 == kThreads, "the warps must 
 // Where chunk `chunk` of row `row` lies: rows of 64 bytes are turned so that eight rows of a chunk hit all banks.
 __device__ inline int cell(int row, int chunk) { return row * kStep + ((chunk ^ ((row >> 1) & 3)) * 8); }
 
-// Floats in the order of unsigned integers.
-__device__ inline unsigned orderable(float value) {
-  union { float value; unsigned bits; } both;
-  both.value = value;
-  return both.bits & 0x80000000u ? ~both.bits : both.bits | 0x80000000u;
-}
-
 // One stage: rows of the tile from `row` on, channels from `channel` on; rows at and past `rows` are zeros.
 template <int TILE>
 __device__ inline void copy_tile(Half* shared, const Half* source, int row, int rows, int channel, int padded) {

@@ -11,17 +11,6 @@
 // Bit i of mask word j is pixel 32 j + i; a pixel is set from the limit on. A NaN is the largest score of all.
 #include "primitives.cuh"
 
-namespace {
-
-__device__ inline unsigned orderable(float value) {
-  union { float value; unsigned bits; } both;
-  both.value = value;
-  if (value != value) return 0xffffffffu;
-  return both.bits & 0x80000000u ? ~both.bits : both.bits | 0x80000000u;
-}
-
-}  // namespace
-
 extern "C" __global__ void postprocess_start(unsigned* score) { *score = 0; }
 
 // A branch that the engine does not have is null.

@@ -63,3 +63,14 @@ __device__ inline void synchronize() { __syncthreads(); }
 __device__ inline void keep_largest(unsigned* cell, unsigned value) { atomicMax(cell, value); }
 __device__ inline void keep_largest(unsigned long long* cell, unsigned long long value) { atomicMax(cell, value); }
 #endif
+
+// Floats in the order of unsigned integers; a NaN, of whatever sign, is the largest of all.
+__device__ inline unsigned orderable(float value) {
+  union {
+    float value;
+    unsigned bits;
+  } both;
+  both.value = value;
+  if (value != value) return 0xffffffffu;
+  return both.bits & 0x80000000u ? ~both.bits : both.bits | 0x80000000u;
+}

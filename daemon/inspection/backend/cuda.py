@@ -1,0 +1,322 @@
+"""The CUDA backend: TensorRT for the networks, our kernels for the rest, one CUDA graph a frame.
+
+    frame in page-locked memory -> preprocess -> networks (a plan of the bundle) -> ldknn -> postprocess -> map, score
+
+Everything is allocated when the backend opens or meets a frame of a new size, nothing per frame; the golden frames,
+which every engine replays before it is READY, bring the usual sizes. The daemon never builds a plan, and compiles
+kernels only where the bundle has none for this GPU. One context, retained explicitly and made current only inside
+`run`, which one thread at a time calls. Networks compute in FP16; distances and the map in FP32.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from daemon.bundle import Bundle
+from daemon.errors import BundleError, DeviceError
+from daemon.inspection.backend.cpu import branch_scaling, smoothing_operator
+from daemon.inspection.backend.graph import Graph
+from daemon.inspection.backend.plan import Networks, import_tensorrt
+from daemon.inspection.backend.tables import Table, banded, resampling
+from daemon.inspection.tensors import load_bank
+from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
+
+KERNELS = Path(__file__).parent / "kernels" / "inspectd.cu"
+COMPILER_OPTIONS = ["-O3", "-std=c++17"]
+# ldknn.cu's own: queries and bank rows of a block, its copies under way, channels are padded to a multiple of STEP.
+_BLOCK_QUERIES, _BLOCK_ROWS, _STAGES, _STEP = 128, 128, 3, 32
+_SHARED_BYTES = _STAGES * (_BLOCK_QUERIES + _BLOCK_ROWS) * _STEP * 2
+_BLOCKS_A_MULTIPROCESSOR = 2
+_NO_ROW = np.float32(-3e38)  # the bias of rows that only fill the last block
+_MOST_SIZES = 4  # of frames that are kept ready
+_KINDS = {(1, np.dtype(np.uint8)): "mono8", (1, np.dtype(np.uint16)): "mono16", (3, np.dtype(np.uint8)): "rgb8"}
+
+
+def why_not(bundle: Bundle) -> str | None:
+    """Why this bundle cannot run on a GPU here; None where it can be tried."""
+    plans = [name for name in bundle.manifest.files if name.endswith(".plan")]
+    if not plans:
+        return f"{bundle.folder} holds no plan for a GPU; build it with build_engines.py --targets trt on this box"
+    try:
+        importlib.import_module("pycuda.driver")
+        import_tensorrt()
+    except (ImportError, OSError) as error:
+        return f"{error}; install the extra [gpu] and NVIDIA's driver, or set backend.kind to cpu"
+    return None
+
+
+def kernels_name(capability: str) -> str:
+    return f"kernels.sm{capability}.cubin"
+
+
+class CudaBackend:
+    """The Backend protocol on the first GPU."""
+
+    name, precision = "cuda", "fp16"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._cuda = importlib.import_module("pycuda.driver")
+        self._sizes: OrderedDict[tuple[tuple[int, ...], str], _Size] = OrderedDict()
+        with _as_device_error():
+            self._cuda.init()
+            self._device = self._cuda.Device(0)
+            self._context = self._device.retain_primary_context()
+        with self._current():
+            self._open(bundle)
+
+    def _open(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self._grid, self._hw = manifest.grid, manifest.preprocessing.size
+        self._branches = {branch: branch_scaling(manifest.fusion, branch) for branch in manifest.branches}
+        self._stream = self._cuda.Stream()
+        capability = "".join(map(str, self._device.compute_capability()))
+        self._load_kernels(bundle, capability)
+        patches, (h, w) = self._grid[0] * self._grid[1], self._hw
+        with _as_device_error():
+            self._networks = Networks(bundle, capability, self._cuda)
+        self._buffers = dict(self._networks.buffers)
+        sigma = manifest.fusion.smoothingSigma
+        operators = (smoothing_operator(h, self._grid[0], sigma), smoothing_operator(w, self._grid[1], sigma))
+        self._smoothing = [self._upload_table(banded(operator)) for operator in operators]
+        scaling = manifest.preprocessing
+        scale = np.array([[1.0 / std, mean / std] for mean, std in zip(scaling.mean, scaling.std, strict=True)])
+        self._scale_8 = self._upload(scale[:, 0].astype(np.float32))
+        self._scale_16 = self._upload((scale[:, 0] / 257.0).astype(np.float32))
+        self._offset = self._upload(scale[:, 1].astype(np.float32))
+        if "ldknn" in self._branches:
+            self._load_bank(bundle, patches)
+        self._limit = np.float32(min(product.mapLimit for product in manifest.products.values()))
+        words = -(-w // 32)
+        self._map, self._mask, self._score = (self._cuda.mem_alloc(size) for size in (4 * h * w, 4 * h * words, 4))
+        self._found_map: FloatArray = self._page_locked((h, w), np.float32)
+        self._found_mask: npt.NDArray[np.uint32] = self._page_locked((h, words), np.uint32)
+
+    # Opening
+
+    def _load_kernels(self, bundle: Bundle, capability: str) -> None:
+        """The bundle's own for this GPU; else they are compiled once and kept in the user's cache."""
+        name = kernels_name(capability)
+        with _as_device_error():
+            if name in bundle.manifest.files:
+                module = self._cuda.module_from_buffer(bundle.read(name))
+            else:
+                compiler = importlib.import_module("pycuda.compiler")
+                options = {"options": COMPILER_OPTIONS, "no_extern_c": True, "include_dirs": [str(KERNELS.parent)]}
+                module = compiler.SourceModule(KERNELS.read_text(), arch=f"sm_{capability}", **options)
+            self._functions = {name: module.get_function(name).prepare(types) for name, types in _SIGNATURES.items()}
+
+    def _load_bank(self, bundle: Bundle, patches: int) -> None:
+        """Rows rounded to FP16 and padded; the bias is of the ROUNDED rows, else near rows change places."""
+        bank = load_bank(bundle)
+        rows, channels = bank["core"].shape
+        if channels != self._networks.channels:
+            raise BundleError(
+                f"{bundle.folder}: found {channels} channels in the bank, {self._networks.channels} in the networks"
+            )
+        self._rows, self._padded = _up_to(rows, _BLOCK_ROWS), _up_to(channels, _STEP)
+        rounded = np.zeros((self._rows, self._padded), np.float16)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused in the next line
+            rounded[:rows, :channels] = bank["core"]
+        if not np.isfinite(rounded).all():
+            raise DeviceError(f"{bundle.folder}: features of the bank are beyond FP16 (65504); use backend.kind cpu")
+        bias = np.full(self._rows, _NO_ROW, np.float32)
+        bias[:rows] = -0.5 * np.square(rounded[:rows].astype(np.float64)).sum(1)
+        self._bank_rows = rows
+        self._alpha = np.float32(bundle.manifest.alpha)
+        uploads: dict[str, npt.NDArray[Any]] = {
+            "bank": rounded,
+            "bias": bias,
+            "core": bank["core"],
+            "density": bank["density"],
+        }
+        self._buffers |= {name: self._upload(values) for name, values in uploads.items()}
+        sizes = {
+            "queries": 2 * patches * self._padded,
+            "keys": 8 * patches,
+            "ldknn": 4 * patches,
+            "winners": 4 * patches,
+        }
+        self._buffers |= {name: self._cuda.mem_alloc(size) for name, size in sizes.items()}
+        down = -(-patches // _BLOCK_QUERIES)
+        attribute = self._cuda.device_attribute.MULTIPROCESSOR_COUNT
+        blocks = _BLOCKS_A_MULTIPROCESSOR * self._device.get_attribute(attribute)
+        tiles = self._rows // _BLOCK_ROWS
+        self._tiles_a_split = -(-tiles // max(1, min(tiles, blocks // down)))
+        self._search_blocks = (down, -(-tiles // self._tiles_a_split))
+
+    # A frame
+
+    def run(self, frame: Frame) -> tuple[AnomalyMap, Timings]:
+        pixels = frame.pixels
+        with self._current(), _as_device_error():
+            size = self._size_for(pixels)
+            np.copyto(size.host, pixels)
+            size.graph.launch()
+            self._stream.synchronize()
+        return AnomalyMap(self._found_map, pixels.shape[:2], float(self._found_map.max())), Timings()
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Tap: where the last map reached the limit, (h w); the lowest limit where there are several products."""
+        bits = np.unpackbits(self._found_mask.view(np.uint8), axis=1, bitorder="little")
+        return bits[:, : self._hw[1]].astype(bool)
+
+    def tap(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Tap: a buffer of the last frame: image, features, repair, winners or ldknn."""
+        found = np.empty(shape, dtype)
+        with self._current(), _as_device_error():
+            self._cuda.memcpy_dtoh(found, self._buffers[name])
+        return found
+
+    def close(self) -> None:
+        with self._current():
+            for size in self._sizes.values():
+                size.graph.close()
+            self._sizes.clear()
+            self._buffers.clear()
+            del self._networks, self._stream
+        self._context.detach()
+
+    def _size_for(self, pixels: PixelArray) -> _Size:
+        key = (pixels.shape, pixels.dtype.str)
+        if key in self._sizes:
+            self._sizes.move_to_end(key)
+            return self._sizes[key]
+        while len(self._sizes) >= _MOST_SIZES:
+            self._sizes.popitem(last=False)[1].graph.close()
+        self._sizes[key] = made = _Size(self, pixels)
+        return made
+
+    def enqueue(self, size: _Size) -> None:
+        """Put a frame's whole work on the stream."""
+        if size.is_copied:
+            self._cuda.memcpy_htod_async(size.device, size.host, self._stream)
+        (rows, columns), (h, w) = size.tables, self._hw
+        blocks = (-(-w // 32), -(-h // 8))
+        self._launch(
+            f"preprocess_{size.kind}", blocks, (32, 8, 1), size.device, self._buffers["image"], *rows, *columns,
+            self._scale_16 if size.kind == "mono16" else self._scale_8, self._offset, *size.frame_hw, h, w,
+        )  # fmt: skip
+        self._networks.enqueue(self._stream)
+        if "ldknn" in self._branches:
+            self._search()
+        scaling = [value for branch in ("repair", "ldknn") for value in self._branches.get(branch, (0.0, 0.0))]
+        inputs = [self._buffers[branch] if branch in self._branches else np.uintp(0) for branch in ("repair", "ldknn")]
+        self._launch("postprocess_start", (1, 1), (1, 1, 1), self._score)
+        self._launch(
+            "postprocess", blocks, (32, 8, 1), *inputs, *scaling, *self._smoothing[0], *self._smoothing[1],
+            self._map, self._mask, self._score, self._limit, self._grid[1], h, w,
+        )  # fmt: skip
+        self._cuda.memcpy_dtoh_async(self._found_map, self._map, self._stream)
+        self._cuda.memcpy_dtoh_async(self._found_mask, self._mask, self._stream)
+
+    def _search(self) -> None:
+        b, patches = self._buffers, self._grid[0] * self._grid[1]
+        threads = (256, 1, 1)
+        self._launch(
+            "ldknn_round", (-(-patches * self._padded // 1024), 1), threads,
+            b["features"], b["queries"], b["keys"], patches, self._networks.channels, self._padded,
+        )  # fmt: skip
+        self._launch(
+            "ldknn_search", self._search_blocks, threads,
+            b["queries"], b["bank"], b["bias"], b["keys"], patches, self._rows, self._padded, self._tiles_a_split,
+            shared_bytes=_SHARED_BYTES,
+        )  # fmt: skip
+        self._launch(
+            "ldknn_finish", (-(-patches // 8), 1), threads,
+            b["features"], b["core"], b["density"], b["keys"], b["ldknn"], b["winners"],
+            self._alpha, patches, self._bank_rows, self._networks.channels,
+        )  # fmt: skip
+
+    # The driver
+
+    def _launch(
+        self, name: str, blocks: tuple[int, int], threads: tuple[int, int, int], *arguments: Any, shared_bytes: int = 0
+    ) -> None:
+        self._functions[name].prepared_async_call(blocks, threads, self._stream, *arguments, shared_size=shared_bytes)
+
+    def upload_tables(self, frame_hw: tuple[int, int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The resampling of frames of this size, on the device."""
+        rows, columns = (resampling(side, length) for side, length in zip(self._hw, frame_hw, strict=True))
+        return self._upload_table(rows), self._upload_table(columns)
+
+    def _upload_table(self, table: Table) -> tuple[Any, ...]:
+        return self._upload(table.first), self._upload(table.weights), table.taps
+
+    def _upload(self, values: npt.NDArray[Any]) -> Any:
+        with _as_device_error():
+            return self._cuda.to_device(np.ascontiguousarray(values))
+
+    def _page_locked(self, shape: tuple[int, ...], dtype: npt.DTypeLike, flags: int = 0) -> Any:
+        with _as_device_error():
+            return self._cuda.pagelocked_empty(shape, dtype, mem_flags=flags)
+
+    def make_slot(self, pixels: PixelArray) -> tuple[Any, Any, bool]:
+        """(page-locked array, its device pointer, whether it is copied): a Jetson's GPU reads host memory itself."""
+        with _as_device_error():
+            is_integrated = self._device.get_attribute(self._cuda.device_attribute.INTEGRATED)
+        flags = self._cuda.host_alloc_flags.DEVICEMAP if is_integrated else 0
+        host = self._page_locked(pixels.shape, pixels.dtype, flags)
+        if is_integrated:
+            return host, np.uintp(host.base.get_device_pointer()), False
+        return host, self._cuda.mem_alloc(pixels.nbytes), True
+
+    def record(self, size: _Size) -> Graph:
+        """Once without recording, since TensorRT sets itself up in its first run; then into a graph."""
+        self.enqueue(size)
+        self._stream.synchronize()
+        return Graph(self._stream, lambda: self.enqueue(size))
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make the context this thread's for a while."""
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._context.pop()
+
+
+class _Size:
+    """What frames of one size and kind need: page-locked memory, tables, and the graph that was recorded with them."""
+
+    def __init__(self, backend: CudaBackend, pixels: PixelArray) -> None:
+        self.kind = _KINDS[pixels.shape[2], pixels.dtype]
+        self.frame_hw = pixels.shape[:2]
+        self.host, self.device, self.is_copied = backend.make_slot(pixels)
+        self.tables = backend.upload_tables(self.frame_hw)
+        self.host[...] = pixels
+        self.graph = backend.record(self)
+
+
+# struct's letters: P pointer, i int32, f float32.
+_RESAMPLE = "PPiPPi"
+_SIGNATURES = {
+    **{f"preprocess_{kind}": f"PP{_RESAMPLE}PPiiii" for kind in sorted(set(_KINDS.values()))},
+    "ldknn_round": "PPPiii",
+    "ldknn_search": "PPPPiiii",
+    "ldknn_finish": "PPPPPPfiii",
+    "postprocess_start": "P",
+    "postprocess": f"PPffff{_RESAMPLE}PPPfiii",
+}
+
+
+def _up_to(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+@contextmanager
+def _as_device_error() -> Iterator[None]:
+    """PyCUDA's own errors as ours."""
+    cuda = importlib.import_module("pycuda.driver")
+    try:
+        yield
+    except cuda.Error as error:
+        raise DeviceError(f"the GPU failed: {error}") from error

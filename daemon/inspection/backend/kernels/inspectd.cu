@@ -1,0 +1,4 @@
+// Every kernel of a frame, for one cubin a GPU: kernels.<sm>.cubin in the bundle.
+#include "ldknn.cu"
+#include "postprocess.cu"
+#include "preprocess.cu"

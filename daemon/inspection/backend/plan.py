@@ -1,0 +1,75 @@
+"""A TensorRT plan of a bundle: opened, checked, bound to its buffers. The daemon never builds one."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from daemon.bundle import Bundle
+from daemon.errors import BundleError, DeviceError
+
+
+def import_tensorrt() -> Any:
+    """`tensorrt`, else `tensorrt_rtx`: the same API; a plan of one is none of the other."""
+    try:
+        return importlib.import_module("tensorrt")
+    except ImportError:
+        return importlib.import_module("tensorrt_rtx")
+
+
+def plan_name(module: str, capability: str) -> str:
+    """The bundle's file for a TensorRT module and a compute capability ("86")."""
+    return "networks.trt.plan" if module == "tensorrt" else f"networks.rtx-sm{capability}.plan"
+
+
+class Networks:
+    """On the GPU. buffers: image (1 3 h w) f16, features (P C) f32 and, with that branch, repair (P) f32."""
+
+    def __init__(self, bundle: Bundle, capability: str, cuda: Any) -> None:
+        self._trt = import_tensorrt()
+        name = plan_name(self._trt.__name__, capability)
+        self._path = bundle.folder / name
+        if name not in bundle.manifest.files:
+            target = "trt" if name == "networks.trt.plan" else f"rtx:sm{capability}"
+            raise DeviceError(
+                f"{bundle.folder}: found no {name}, wanted the networks' plan for this GPU (sm{capability}) and "
+                f"{self._trt.__name__}; build the engine again with --targets cpu,{target}"
+            )
+        runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+        self._engine = runtime.deserialize_cuda_engine(bundle.read(name))
+        if self._engine is None:
+            raise DeviceError(
+                f"{self._path}: {self._trt.__name__} {self._trt.__version__} does not take this plan: it was built by "
+                "another version or for another GPU; build the engine again on this box"
+            )
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise DeviceError(f"{self._path}: no memory for the networks on the GPU; free some of it")
+        self.buffers: dict[str, Any] = {}
+        self.channels = self._bind(bundle, cuda)
+
+    def _bind(self, bundle: Bundle, cuda: Any) -> int:
+        """Check inputs and outputs and give each its buffer; the features' channels."""
+        trt, engine, manifest = self._trt, self._engine, bundle.manifest
+        patches = manifest.grid[0] * manifest.grid[1]
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        found = {name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)) for name in names}
+        channels = found["features"][0][-1] if "features" in found else 0
+        half, single = trt.DataType.HALF, trt.DataType.FLOAT
+        wanted: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((1, 3, *manifest.preprocessing.size), half)}
+        wanted["features"] = ((patches, channels), single)
+        if "repair" in manifest.branches:
+            wanted["repair"] = ((patches,), single)
+        if found != wanted:
+            raise BundleError(f"{self._path}: found tensors {found}, wanted {wanted}; build the engine again")
+        for name, (shape, kind) in found.items():
+            self.buffers[name] = cuda.mem_alloc((2 if kind == half else 4) * int(np.prod(shape)))
+            if not self._context.set_tensor_address(name, int(self.buffers[name])):
+                raise DeviceError(f"{self._path}: TensorRT refuses the buffer of {name}")
+        return int(channels)
+
+    def enqueue(self, stream: Any) -> None:
+        if not self._context.execute_async_v3(stream.handle):
+            raise DeviceError("TensorRT refused to run the networks; its log on stderr says why")
