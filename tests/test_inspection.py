@@ -544,7 +544,7 @@ def test_whole_frame_is_scored_as_the_references_score_it(made: Path) -> None:
 
 def test_backend_that_the_bundle_was_not_built_for_is_refused_with_what_to_do(made: Path) -> None:
     bundle = open_trusted(made / "plain", made / "keys")
-    with pytest.raises(DeviceError, match="holds no plan for a GPU; build it with .* --targets trt"):
+    with pytest.raises(DeviceError, match=r"holds no plan for a GPU; build it with .* --targets trt"):
         open_backend(bundle, "cuda")
     with pytest.raises(DeviceError, match="wanted one of f32"):
         open_backend(bundle, "cpu", "fp4")

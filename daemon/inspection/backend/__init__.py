@@ -12,7 +12,7 @@ from daemon.bundle import Bundle
 from daemon.errors import DeviceError
 from daemon.types import AnomalyMap, Frame, Timings
 
-PRECISIONS = {"cpu": ("f32", "bf16"), "cuda": ("fp16",)}
+PRECISIONS = ("f32", "bf16")  # the CPU's; the GPU computes in fp16
 
 
 class Backend(Protocol):
@@ -32,10 +32,7 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, kind: str = "auto", precision: str = "f32", threads: int = 2) -> Backend:
-    """The backend for this machine. `auto` is the GPU where the bundle has a plan for one and its libraries import.
-
-    The GPU computes in fp16, whatever `precision` says of the CPU. Raises DeviceError.
-    """
+    """`auto` is the GPU where the bundle has a plan for one and its libraries import. Raises DeviceError."""
     if kind != "cpu":
         from daemon.inspection.backend.cuda import CudaBackend, why_not
 
@@ -44,7 +41,7 @@ def open_backend(bundle: Bundle, kind: str = "auto", precision: str = "f32", thr
             return CudaBackend(bundle)
         if kind == "cuda":
             raise DeviceError(f"backend kind 'cuda': {reason}")
-    if precision not in PRECISIONS["cpu"]:
+    if precision not in PRECISIONS:
         raise DeviceError(f"found precision {precision!r}, wanted one of {', '.join(PRECISIONS['cpu'])}")
     from daemon.inspection.backend.cpu import CpuBackend
 
