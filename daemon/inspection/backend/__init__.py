@@ -42,7 +42,7 @@ def open_backend(bundle: Bundle, kind: str = "auto", precision: str = "f32", thr
         if kind == "cuda":
             raise DeviceError(f"backend kind 'cuda': {reason}")
     if precision not in PRECISIONS:
-        raise DeviceError(f"found precision {precision!r}, wanted one of {', '.join(PRECISIONS['cpu'])}")
+        raise DeviceError(f"found precision {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     from daemon.inspection.backend.cpu import CpuBackend
 
     return CpuBackend(bundle, precision, threads)
