@@ -11,7 +11,7 @@ import click
 
 from trainer import build, finish
 from trainer.draft import open_draft, with_limit
-from trainer.site import Options, open_site, publish, run_command
+from trainer.site import Options, open_site, parse_targets, publish, run_command
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -22,10 +22,8 @@ def _check_name(_context: click.Context, _parameter: click.Parameter, name: str)
     return name
 
 
-def _check_only(_context: click.Context, parameter: click.Parameter, value: str) -> str:
-    if value != parameter.default:
-        raise click.BadParameter(f"found {value!r}, this version builds {parameter.default!r} only")
-    return value
+def _check_targets(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return parse_targets(value)
 
 
 def _check_branches(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -83,7 +81,10 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 @click.option("--coreset", type=click.IntRange(1), help="Rows of the memory bank.  [chosen]")
 @click.option("--backbone", default="efficientnet-lite0", help="Feature network: this one, or a name that timm knows.")
 @click.option("--weights", type=_FOLDER, help="Weights of the backbone (a state dict), instead of the packaged ones.")
-@click.option("--targets", default="cpu", callback=_check_only, help="What the engine runs on.")
+@click.option(
+    "--targets", default="cpu", callback=_check_targets,
+    help="What the engine runs on: cpu, and trt (the GPU of this box), rtx:smNN (built anywhere), kernels:smNN.",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=2, help="Most threads at work.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Same data, options and seed: same engine.")
 def main(**fields: Any) -> None:
@@ -111,6 +112,7 @@ def main(**fields: Any) -> None:
         finish.write_report(
             options, site, splits, chosen, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
         )
+        finish.add_targets(options, site)
         finish.seal(options, site, draft, finish.describe_training(options, site, splits), evaluation)
         click.echo(publish(site))
 

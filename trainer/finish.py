@@ -149,6 +149,14 @@ def _say_time(pipeline: Pipeline, options: Options) -> None:
         )
 
 
+def add_targets(options: Options, site: Site) -> None:
+    """What the engine needs on GPUs."""
+    if options.targets != ("cpu",):
+        from trainer import plans
+
+        plans.add_targets(site.folder, options.targets)
+
+
 def seal(options: Options, site: Site, draft: Draft, training: dict[str, Any], evaluation: Evaluation | None) -> None:
     """Sign the bundle, then open it as the daemon will and replay the golden frames."""
     fields = manifest_fields(options, site, draft)

@@ -6,6 +6,7 @@ an engine. What the command line asked for is kept here too, with the way that a
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -51,9 +52,21 @@ class Options:
     coreset: int | None
     backbone: str
     weights: Path | None
-    targets: str
+    targets: tuple[str, ...]
     threads: int
     seed: int
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """ "cpu,rtx:sm86` -> ("cpu", "rtx:sm86"). Raises UsageError."""
+    targets = tuple(dict.fromkeys(text.split(",")))
+    bad = [target for target in targets if not re.fullmatch(r"cpu|trt|(rtx|kernels):sm\d{2,3}", target)]
+    if bad or "cpu" not in targets:
+        raise UsageError(
+            f"found targets {text!r}, wanted cpu and any of trt, rtx:smNN, kernels:smNN with commas between, such as "
+            "cpu,rtx:sm86; every engine also runs on a CPU (--targets)"
+        )
+    return targets
 
 
 @dataclass(frozen=True)

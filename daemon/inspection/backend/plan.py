@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from daemon.errors import BundleError, DeviceError
 
 
 def import_tensorrt() -> Any:
-    """`tensorrt`, else `tensorrt_rtx`: the same API; a plan of one is none of the other."""
-    try:
-        return importlib.import_module("tensorrt")
-    except ImportError:
-        return importlib.import_module("tensorrt_rtx")
+    """`tensorrt`, else TensorRT for RTX: the same API; a plan of one is none of the other. Raises ImportError."""
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        with suppress(ImportError):
+            return importlib.import_module(name)
+    raise ImportError("found neither tensorrt nor tensorrt_rtx")
 
 
 def plan_name(module: str, capability: str) -> str:
