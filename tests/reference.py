@@ -65,6 +65,30 @@ def normalise(pixels: Anything, size_hw: tuple[int, int], mean: Sequence[float],
     return np.stack(planes)[None]
 
 
+def demosaic(mosaic: Anything) -> NDArray[np.uint8]:
+    """BayerRG8 (H W) -> RGB (H W 3): rows R G R G .., G B G B ..; means of the nearest pixels of a colour, half up.
+
+    Source: OpenCV's bilinear demosaicing; the outermost rows and columns are those beside them.
+    """
+    height, width = mosaic.shape
+    values = mosaic.astype(np.int64)
+    found = np.zeros((height, width, 3), np.uint8)
+    for row in range(height):
+        for column in range(width):
+            y, x = min(max(row, 1), height - 2), min(max(column, 1), width - 2)
+            beside, above = values[y, x - 1] + values[y, x + 1], values[y - 1, x] + values[y + 1, x]
+            corners = values[y - 1 : y + 2 : 2, x - 1 : x + 2 : 2].sum()
+            two = {"beside": (beside + 1) // 2, "above": (above + 1) // 2}
+            if (y + x) % 2 == 0:  # on a red or a blue pixel
+                own, other = (0, 2) if y % 2 == 0 else (2, 0)
+                found[row, column, own], found[row, column, 1] = values[y, x], (beside + above + 2) // 4
+                found[row, column, other] = (corners + 2) // 4
+            else:
+                red, blue = ("beside", "above") if y % 2 == 0 else ("above", "beside")
+                found[row, column] = two[red], values[y, x], two[blue]
+    return found
+
+
 def density(core: Anything, k: int) -> Array:
     """(M C) -> (M,): the mean squared distance of each row to its k nearest others, itself excluded by index.
 

@@ -17,7 +17,8 @@ from torch import nn
 from daemon.bundle import BANK, CALIBRATION, NETWORKS, open_bundle, seal_bundle
 from daemon.errors import BundleError, DataError
 from daemon.inspection.backend import open_backend
-from daemon.inspection.backend.cpu import normalise, smoothing_operator
+from daemon.inspection.backend.cpu import normalise
+from daemon.inspection.backend.tables import smoothing_operator
 from daemon.inspection.pipeline import Pipeline
 from daemon.keys import load_trusted, make_signing_key
 from daemon.types import Frame

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from daemon.bundle import MANIFEST, seal_bundle
 from daemon.errors import BundleError, DeviceError, FrameError
 from daemon.inspection.backend import open_backend
-from daemon.inspection.backend.cpu import CpuBackend, smoothing_operator
+from daemon.inspection.backend.cpu import CpuBackend
+from daemon.inspection.backend.tables import smoothing_operator
 from daemon.inspection.decode import decode, encoded_size
 from daemon.inspection.engine import Done, Engine, Job
 from daemon.inspection.golden import check_golden

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from daemon.bundle import Preprocessing
-from daemon.inspection.backend.cpu import normalise, smoothing_operator
-from daemon.inspection.backend.tables import banded, resampling
+from daemon.inspection.backend.cpu import normalise
+from daemon.inspection.backend.tables import banded, resampling, smoothing_operator
 from daemon.types import Frame
 from tests import reference
 from tests.emulator import launch, load
@@ -197,6 +197,11 @@ def test_preprocess_equals_the_cpus_to_one_level(kind, size_hw):
     assert differences.max() <= (2 if is_mixed else 1) * level + 2.0**-9
     if min(size_hw) >= 64 and kind != "mono16":  # OpenCV's bilinear weights have eleven bits, which moves more
         assert (differences > 2.0**-9).mean() < 0.02  # sums that lie at a half, and nothing else
+
+
+def test_reference_of_a_mosaic_is_opencvs():
+    mosaic = np.random.default_rng(0).integers(0, 256, (9, 12), np.uint8)
+    np.testing.assert_array_equal(reference.demosaic(mosaic), cv2.cvtColor(mosaic, cv2.COLOR_BayerRGGB2RGB))
 
 
 @pytest.mark.parametrize("kind", ["mono8", "rgb8"])

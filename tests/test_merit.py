@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from daemon.inspection.backend.cpu import smoothing_operator
+from daemon.inspection.backend.tables import smoothing_operator
 from examples.parts import render_part
 from trainer import merit as merits
 from trainer.merit import Merit, SampledMap, Spoilt, Truth, auroc, find_merit, is_better, spoil, standard_error

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from daemon.inspection.backend.cpu import smoothing_operator
+from daemon.inspection.backend.tables import smoothing_operator
 from daemon.types import FloatArray
 from trainer.corruption import CHOICE, Corruptor, estimate_foreground
 from trainer.shapes import BoolArray

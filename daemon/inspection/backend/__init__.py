@@ -6,11 +6,13 @@ moment it is opened and is used by one thread; what a stage returns is good unti
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from daemon.bundle import Bundle
 from daemon.errors import DeviceError
 from daemon.types import AnomalyMap, Frame, Timings
+
+if TYPE_CHECKING:  # tables.py is also for machines that have NumPy alone
+    from daemon.bundle import Bundle
 
 PRECISIONS = ("f32", "bf16")  # the CPU's; the GPU computes in fp16
 

@@ -20,6 +20,7 @@ from openvino import opset13 as ops
 
 from daemon.bundle import NETWORKS, Bundle, Fusion, Preprocessing
 from daemon.errors import DeviceError
+from daemon.inspection.backend.tables import smoothing_operator
 from daemon.inspection.tensors import check_outputs, load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor, Timings
 
@@ -147,31 +148,6 @@ def resize(pixels: PixelArray, height: int, width: int) -> PixelArray:
     if rows < height or columns < width:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return pixels
-
-
-def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
-    """(size cells): bilinear upsampling (pixel centres aligned at the edges' halves) followed by a Gaussian.
-
-    Both are linear and separable, so that `rows @ grid @ columns.T` is the smoothed map. The Gaussian
-    reaches four sigma and is mirrored at the border without repeating the edge pixel.
-    """
-    position = (np.arange(size) + 0.5) * cells / size - 0.5
-    low = np.floor(position).astype(int)
-    fraction = position - low
-    upsample = np.zeros((size, cells))
-    pixels = np.arange(size)
-    np.add.at(upsample, (pixels, np.clip(low, 0, cells - 1)), 1.0 - fraction)
-    np.add.at(upsample, (pixels, np.clip(low + 1, 0, cells - 1)), fraction)
-    reach = int(np.ceil(4.0 * sigma))
-    offsets = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    weights /= weights.sum()
-    period = max(2 * (size - 1), 1)
-    gaussian = np.zeros((size, size))
-    for offset, weight in zip(offsets, weights, strict=True):
-        mirrored = np.abs((pixels + offset + period) % period)
-        np.add.at(gaussian, (pixels, np.where(mirrored < size, mirrored, period - mirrored)), weight)
-    return (gaussian @ upsample).astype(np.float32)
 
 
 def branch_scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:

@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
-from daemon.inspection.backend.cpu import branch_scaling, smoothing_operator
+from daemon.inspection.backend.cpu import branch_scaling
 from daemon.inspection.backend.graph import Graph
 from daemon.inspection.backend.plan import Networks, import_tensorrt
-from daemon.inspection.backend.tables import Table, banded, resampling
+from daemon.inspection.backend.tables import Table, banded, resampling, smoothing_operator
 from daemon.inspection.tensors import load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 

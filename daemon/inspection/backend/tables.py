@@ -1,4 +1,4 @@
-"""Resampling and smoothing as tables for the kernels: which input cells make an output cell, and with which weights.
+"""Resampling and smoothing as operators, and as tables for the kernels: which input cells make an output cell.
 
 An operator is a matrix (outputs inputs) whose rows are zero but for a band; a table keeps the bands alone.
 """
@@ -61,3 +61,28 @@ def banded(operator: FloatArray) -> Table:
     inputs = first[:, None] + np.arange(taps)
     weights = np.where(is_kept[rows, inputs], operator[rows, inputs], 0.0)
     return Table(first.astype(np.int32), np.ascontiguousarray(weights, np.float32))
+
+
+def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
+    """(size cells): bilinear upsampling (pixel centres aligned at the edges' halves) followed by a Gaussian.
+
+    Both are linear and separable, so that `rows @ grid @ columns.T` is the smoothed map. The Gaussian
+    reaches four sigma and is mirrored at the border without repeating the edge pixel.
+    """
+    position = (np.arange(size) + 0.5) * cells / size - 0.5
+    low = np.floor(position).astype(int)
+    fraction = position - low
+    upsample = np.zeros((size, cells))
+    pixels = np.arange(size)
+    np.add.at(upsample, (pixels, np.clip(low, 0, cells - 1)), 1.0 - fraction)
+    np.add.at(upsample, (pixels, np.clip(low + 1, 0, cells - 1)), fraction)
+    reach = int(np.ceil(4.0 * sigma))
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= weights.sum()
+    period = max(2 * (size - 1), 1)
+    gaussian = np.zeros((size, size))
+    for offset, weight in zip(offsets, weights, strict=True):
+        mirrored = np.abs((pixels + offset + period) % period)
+        np.add.at(gaussian, (pixels, np.where(mirrored < size, mirrored, period - mirrored)), weight)
+    return (gaussian @ upsample).astype(np.float32)

@@ -1,0 +1,230 @@
+"""The kernels against the references, on whatever runs them: a GPU, or the suite's emulator (tests/emulator.h).
+
+Inputs are fresh for every check and outputs are poisoned before it, so that nothing passes by what was left there.
+Bounds are derived where they stand; a check gives what it found beside what it allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from daemon.inspection.backend.tables import banded, resampling, smoothing_operator
+from tests import reference
+
+BLOCK_QUERIES, BLOCK_ROWS, STEP, STAGES = 128, 128, 32, 3
+SHARED_BYTES = STAGES * (BLOCK_QUERIES + BLOCK_ROWS) * STEP * 2
+KINDS = ("mono8", "mono16", "rgb8", "bgr8", "bayerrg8")
+MEAN, STD = (120.0, 125.0, 130.0), (60.0, 62.0, 64.0)
+Array = npt.NDArray[Any]
+
+
+class Device(Protocol):
+    """Arrays go in by `put` and come back by `get`; a launch takes them, and Python's int and float as C's."""
+
+    multiprocessors: int
+
+    def put(self, values: Array) -> Any: ...
+
+    def get(self, held: Any) -> Array: ...
+
+    def launch(
+        self, name: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments: Any, shared: int = 0
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure that was found and the most that is allowed (or the least, with `is_least`)."""
+
+    what: str
+    found: float
+    allowed: float
+    is_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.found >= self.allowed if self.is_least else self.found <= self.allowed
+
+
+class Bank:
+    """A bank on the device, as daemon/inspection/backend/cuda.py lays it out."""
+
+    def __init__(self, device: Device, core: Array, density: Array) -> None:
+        self.device, (self.n, self.d) = device, core.shape
+        self.rows, self.padded = -(-self.n // BLOCK_ROWS) * BLOCK_ROWS, -(-self.d // STEP) * STEP
+        rounded = np.zeros((self.rows, self.padded), np.float16)
+        rounded[: self.n, : self.d] = core
+        bias = np.full(self.rows, -3e38, np.float32)
+        for start in range(0, self.n, 8192):  # in pieces: float64 of a large bank is gigabytes
+            part = slice(start, min(start + 8192, self.n))
+            bias[part] = -0.5 * np.square(rounded[part].astype(np.float64)).sum(1)
+        self.bank, self.bias = device.put(rounded), device.put(bias)
+        self.core, self.density = device.put(core.astype(np.float32)), device.put(density.astype(np.float32))
+
+
+class Search:
+    """Queries against a bank: three launches, buffers made once."""
+
+    def __init__(self, bank: Bank, features: Array, alpha: float) -> None:
+        self.bank, self.m, self.alpha = bank, len(features), alpha
+        device = bank.device
+        self.features = device.put(features.astype(np.float32))
+        self.queries = device.put(np.full((self.m, bank.padded), np.nan, np.float16))
+        self.keys = device.put(np.full(self.m, 2**63, np.uint64))
+        self.scores = device.put(np.full(self.m, np.nan, np.float32))
+        self.winners = device.put(np.full(self.m, -7, np.int32))
+        down, tiles = -(-self.m // BLOCK_QUERIES), bank.rows // BLOCK_ROWS
+        self.tiles_a_split = -(-tiles // max(1, min(tiles, 2 * device.multiprocessors // down)))
+        self.grid = (down, -(-tiles // self.tiles_a_split))
+
+    def run(self) -> None:
+        bank, launch = self.bank, self.bank.device.launch
+        launch(
+            "ldknn_round", (max(1, self.m * bank.padded // 1024),), (256,), self.features, self.queries, self.keys,
+            self.m, bank.d, bank.padded,
+        )  # fmt: skip
+        launch(
+            "ldknn_search", self.grid, (256,), self.queries, bank.bank, bank.bias, self.keys, self.m, bank.rows,
+            bank.padded, self.tiles_a_split, shared=SHARED_BYTES,
+        )  # fmt: skip
+        launch(
+            "ldknn_finish", (-(-self.m // 8),), (256,), self.features, bank.core, bank.density, self.keys, self.scores,
+            self.winners, float(self.alpha), self.m, bank.n, bank.d,
+        )  # fmt: skip
+
+
+def make_features(m: int, n: int, d: int, seed: int) -> tuple[Array, Array, Array]:
+    """(features (m d), core (n d), density (n)): not negative and of very different norms, as after a ReLU."""
+    rng = np.random.default_rng(seed)
+    core = np.maximum(rng.standard_normal((n, d), np.float32), 0) * rng.uniform(0.3, 2.0, (n, 1)).astype(np.float32)
+    features = core[rng.integers(n, size=m)] + 0.3 * rng.standard_normal((m, d), np.float32)
+    return features, core, rng.random(n, np.float32)
+
+
+def check_search(device: Device, m: int, n: int, d: int, seed: int) -> list[Check]:
+    features, core, density = make_features(m, n, d, seed)
+    search = Search(Bank(device, core, density), features, 0.25)
+    search.run()
+    winners, scores = device.get(search.winners), device.get(search.scores)
+    name = f"ldknn {m} x {n} x {d}"
+    if winners.min() < 0 or winners.max() >= n:
+        return [Check(f"{name}: queries without a winner", float((winners < 0).sum()), 0.0)]
+    nearest, best = exact_nearest(features, core)
+    own = np.square(features.astype(np.float64) - core[winners].astype(np.float64)).sum(1)
+    wanted = own - 0.25 * density[winners].astype(np.float64)
+    excess = (own - best) / np.maximum(best, 1e-12)
+    return [
+        Check(f"{name}: winners as in FP64", float((winners == nearest).mean()), 0.99, is_least=True),
+        Check(f"{name}: relative excess of the distance", float(excess.max()), 1e-4),
+        Check(f"{name}: score of the winner", float((np.abs(scores - wanted) / (1.0 + own)).max()), 1e-5),
+    ]
+
+
+def exact_nearest(features: Array, core: Array) -> tuple[Array, Array]:
+    """(rows, squared distances) in FP64, the lowest of equal rows."""
+    queries = features.astype(np.float64)
+    best, rows = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
+    for start in range(0, len(core), 4096):
+        block = core[start : start + 4096].astype(np.float64)
+        squared = np.square(queries).sum(1)[:, None] - 2.0 * queries @ block.T + np.square(block).sum(1)
+        place = squared.argmin(1)
+        found = np.square(queries - block[place]).sum(1)
+        rows = np.where(found < best, place + start, rows)
+        best = np.minimum(found, best)
+    return rows, best
+
+
+def check_ties(device: Device) -> list[Check]:
+    """Equal rows in other columns, tiles and splits: the lowest one wins; a NaN stays its query's own."""
+    features, core, density = make_features(40, 1000, 48, 3)
+    core[[133, 400, 999]] = core[7]
+    features[:4] = core[[7, 999, 400, 133]]
+    features[20, 5] = np.nan
+    search = Search(Bank(device, core, density), features, 0.0)
+    search.run()
+    winners, scores = device.get(search.winners), device.get(search.scores)
+    others = np.delete(scores, 20)
+    return [
+        Check("ldknn: ties that did not go to the lowest row", float((winners[:4] != 7).sum()), 0.0),
+        Check("ldknn: NaN queries with a number", float(np.isfinite(scores[20])), 0.0),
+        Check("ldknn: other queries without one", float((~np.isfinite(others)).sum()), 0.0),
+    ]
+
+
+def check_preprocess(device: Device, kind: str, frame_hw: tuple[int, int], size: tuple[int, int], seed: int) -> Check:
+    """Against FP64: half a level of the frame's pixels by rounding, and FP16's last place at four."""
+    rng = np.random.default_rng(seed)
+    channels = 3 if kind in ("rgb8", "bgr8") else 1
+    dtype = np.uint16 if kind == "mono16" else np.uint8
+    pixels = rng.integers(0, np.iinfo(dtype).max, (*frame_hw, channels), dtype, endpoint=True)
+    rows, columns = (resampling(side, length) for side, length in zip(size, frame_hw, strict=True))
+    to_eight_bit = 1.0 / 257.0 if dtype == np.uint16 else 1.0
+    scale = np.array([to_eight_bit / std for std in STD], np.float32)
+    offset = np.array([mean / std for mean, std in zip(MEAN, STD, strict=True)], np.float32)
+    found = device.put(np.full((3, *size), np.nan, np.float16))
+    tables = [
+        device.put(a) if isinstance(a, np.ndarray) else a for t in (rows, columns) for a in (t.first, t.weights, t.taps)
+    ]
+    device.launch(
+        f"preprocess_{kind}", (-(-size[1] // 32), -(-size[0] // 8)), (32, 8), device.put(pixels), found, *tables,
+        device.put(scale), device.put(offset), *frame_hw, *size,
+    )  # fmt: skip
+    if kind == "bgr8":
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+    if kind == "bayerrg8":
+        pixels = reference.demosaic(pixels[:, :, 0])
+    wanted = reference.normalise(pixels, size, MEAN, STD)[0]
+    deviation = float(np.abs(device.get(found).astype(np.float64) - wanted).max())
+    return Check(f"preprocess {kind} {frame_hw} -> {size}", deviation, 0.5 * to_eight_bit / min(STD) + 2.0**-9)
+
+
+def check_postprocess(device: Device, grid: tuple[int, int], size: tuple[int, int], seed: int) -> list[Check]:
+    rng = np.random.default_rng(seed)
+    repair, ldknn = (rng.standard_normal(grid[0] * grid[1], np.float32) for _ in range(2))
+    down, across = (smoothing_operator(side, cells, 4.0) for side, cells in zip(size, grid, strict=True))
+    fused = (repair - 0.5) * 2.0 + (ldknn - 0.25) * 4.0
+    wanted = down.astype(np.float64) @ fused.reshape(grid) @ across.T.astype(np.float64)
+    limit = float(np.quantile(wanted, 0.95))
+    words = -(-size[1] // 32)
+    found = device.put(np.full(size, np.nan, np.float32))
+    mask = device.put(np.full((size[0], words), 0xFFFFFFFF, np.uint32))
+    score = device.put(np.array([77], np.uint32))
+    tables = [
+        device.put(a) if isinstance(a, np.ndarray) else a
+        for t in (banded(down), banded(across))
+        for a in (t.first, t.weights, t.taps)
+    ]
+    device.launch("postprocess_start", (1,), (1,), score)
+    device.launch(
+        "postprocess", (words, -(-size[0] // 8)), (32, 8), device.put(repair), device.put(ldknn), 0.5, 2.0, 0.25, 4.0,
+        *tables, found, mask, score, limit, grid[1], *size,
+    )  # fmt: skip
+    values = device.get(found)
+    bits = np.unpackbits(device.get(mask).view(np.uint8), axis=1, bitorder="little")[:, : size[1]].astype(bool)
+    ordered = int(device.get(score)[0])
+    top = np.array([ordered ^ 0x80000000 if ordered >> 31 else ~ordered & 0xFFFFFFFF], np.uint32).view(np.float32)[0]
+    name = f"postprocess {grid} -> {size}"
+    return [
+        Check(f"{name}: map", float(np.abs(values - wanted).max()), 1e-4 * float(np.abs(wanted).max())),
+        Check(f"{name}: score is not the map's maximum", float(top != values.max()), 0.0),
+        Check(f"{name}: wrong bits of the mask", float((bits != (values >= np.float32(limit))).sum()), 0.0),
+    ]
+
+
+def check_all(device: Device, *, is_small: bool) -> list[Check]:
+    """Every kernel. Small sizes suit the emulator and compute-sanitizer."""
+    shapes = [(130, 300, 40), (77, 513, 152), (1, 1, 1)]
+    if not is_small:
+        shapes += [(784, 10_000, 384), (1024, 4000, 152), (3136, 20_000, 128), (784, 100_000, 384), (100, 3000, 1536)]
+    checks = [check for seed, shape in enumerate(shapes) for check in check_search(device, *shape, seed)]
+    checks += check_ties(device)
+    sizes = [((90, 130), (64, 64))] if is_small else [((90, 130), (64, 64)), ((2048, 2448), (256, 256))]
+    for seed, (frame_hw, size) in enumerate(sizes):
+        checks += [check_preprocess(device, kind, frame_hw, size, seed) for kind in KINDS]
+    for seed, (grid, size) in enumerate([((5, 9), (40, 72)), ((32, 32), (256, 256))][: 1 if is_small else 2]):
+        checks += check_postprocess(device, grid, size, seed)
+    return checks
