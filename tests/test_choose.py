@@ -30,8 +30,8 @@ def pictures(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("parts"), []
     for seed in range(16):
         path = folder / f"{seed}.png"
-        assert cv2.imwrite(str(path), render_part(seed, size_hw=(64, 64))[0])
-        found.append(Picture(path, (64, 64), str(seed)))
+        assert cv2.imwrite(str(path), render_part(seed, size_hw=(112, 112))[0])
+        found.append(Picture(path, (112, 112), str(seed)))
     return found
 
 
@@ -115,6 +115,15 @@ def test_cost_grows_with_everything_that_it_counts():
     assert nominal_ms(**base, with_repair=True) > plain
     for name, value in base.items():
         assert nominal_ms(**(base | {name: 2 * value}), with_repair=False) > plain
+
+
+@pytest.mark.parametrize(
+    ("hw", "sizes"), [((300, 300), [256]), ((240, 356), [256, 384]), ((2048, 2448), [256, 384, 512]), ((90, 80), [256])]
+)
+def test_inputs_much_larger_than_the_frame_are_not_tried(hw, sizes):
+    good = [Picture(Path("x.png"), hw, "")] * 3
+    assert choosing._sizes(Wishes(), good) == sizes
+    assert choosing._sizes(Wishes(long_side=640), good) == [640]
 
 
 # When there is nothing to choose

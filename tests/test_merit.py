@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -12,7 +14,19 @@ from sklearn.metrics import roc_auc_score
 from daemon.inspection.backend.tables import smoothing_operator
 from examples.parts import render_part
 from trainer import merit as merits
-from trainer.merit import Merit, SampledMap, Spoilt, Truth, auroc, find_merit, is_better, spoil, standard_error
+from trainer.dataset import Picture
+from trainer.merit import (
+    Merit,
+    SampledMap,
+    Spoilt,
+    Truth,
+    auroc,
+    find_merit,
+    frame_side,
+    is_better,
+    spoil,
+    standard_error,
+)
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=60))
@@ -124,19 +138,34 @@ def test_better_is_better_beyond_doubt(new, error, better):
 # Synthetic defects on held-out images
 
 
-def test_spoilt_images_come_after_the_good_ones_and_are_the_seeds():
-    good = [render_part(seed, size_hw=(64, 64))[0].astype(np.float32) for seed in range(3)]
-    good = [np.repeat(image.reshape(64, 64, -1)[:, :, :1], 3, axis=2) for image in good]
-    first, again, other = (spoil(good, each=2, seed=seed) for seed in (0, 0, 1))
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    found = []
+    for seed in range(3):
+        path = tmp_path_factory.mktemp("parts") / f"{seed}.png"
+        assert cv2.imwrite(str(path), render_part(seed, size_hw=(96, 128))[0])
+        found.append(Picture(path, (96, 128), str(seed)))
+    return found
+
+
+def test_spoilt_frames_come_after_the_good_ones_and_are_the_seeds(pictures):
+    first, again, other = (spoil(pictures, each=2, seed=seed) for seed in (0, 0, 1))
     assert list(first.source) == [0, 1, 2, 0, 0, 1, 1, 2, 2]
+    assert {frame.shape for frame in first.pictures} == {(96, 128, 3)}
+    assert {frame.dtype for frame in first.pictures} == {np.dtype(np.uint8)}
     assert not any(mask.any() for mask in first.masks[:3])
     assert all(mask.any() for mask in first.masks[3:])
     for index in range(3, 9):
         # A soft edge fades out beyond the mask.
         outside = cv2.dilate(first.masks[index].astype(np.uint8), np.ones((13, 13), np.uint8)) == 0
-        np.testing.assert_array_equal(first.pictures[index][outside], good[first.source[index]][outside])
+        np.testing.assert_array_equal(first.pictures[index][outside], first.pictures[first.source[index]][outside])
         np.testing.assert_array_equal(first.pictures[index], again.pictures[index])
     assert any((first.pictures[index] != other.pictures[index]).any() for index in range(3, 9))
+
+
+@pytest.mark.parametrize(("sides", "wanted"), [([300, 310, 290], 288), ([2448], 768), ([20], 32), ([100, 720], 416)])
+def test_defects_are_put_on_frames_of_the_cameras_size(sides, wanted):
+    assert frame_side([Picture(Path("x.png"), (side // 2, side), "") for side in sides]) == wanted
 
 
 def test_sampled_map_is_the_daemons_map_at_every_eighth_pixel():

@@ -21,7 +21,7 @@ import torch
 from daemon.bundle import NETWORKS, Preprocessing
 from daemon.errors import DataError
 from daemon.inspection.pipeline import Pipeline
-from daemon.types import FloatArray
+from daemon.types import FloatArray, Frame
 from trainer.backbone import Backbone
 from trainer.corruption import TRAINING, Corruptor, estimate_foreground
 from trainer.dataset import Picture, Splits, list_images, read_frame
@@ -197,12 +197,12 @@ def _branch_maps(
     pipeline: Pipeline, pictures: Sequence[Picture], draft: Draft, seed: int
 ) -> tuple[dict[str, FloatArray], Truth]:
     """Standardised sampled maps (images, pixels) of each branch, and the truth."""
-    good = [read_pixels(picture, draft.preprocessing) for picture in pictures]
-    spoilt = spoil(good, each=_WEIGHING_DEFECTS, seed=seed)
+    spoilt = spoil(pictures, each=_WEIGHING_DEFECTS, seed=seed)
+    backend = cpu_backend(pipeline)
     sampled = SampledMap(draft.preprocessing.size, draft.grid, pipeline.bundle.manifest.fusion.smoothingSigma)
     maps: dict[str, list[FloatArray]] = {"repair": [], "ldknn": []}
     for pixels in spoilt.pictures:
-        outputs = cpu_backend(pipeline).infer(normalised(pixels, draft.preprocessing))
+        outputs = backend.infer(backend.preprocess(Frame(pixels)))
         for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
             standard = draft.standardisation[branch]
             scores = (output.values - standard.centre) / standard.scale  # type: ignore[union-attr]

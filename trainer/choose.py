@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from daemon.bundle import Preprocessing
-from daemon.types import FloatArray
+from daemon.types import FloatArray, Frame
 from trainer import bank, dataset
 from trainer.calibrate import smoothing_sigma
 from trainer.dataset import Picture, Splits
 from trainer.export import EngineNetwork
-from trainer.features import FeatureNetwork, read_pixels
-from trainer.merit import Merit, SampledMap, Truth, find_merit, is_better, spoil, standard_error
+from trainer.features import FeatureNetwork, network_pixels, read_pixels
+from trainer.merit import Merit, SampledMap, Spoilt, Truth, find_merit, is_better, spoil, standard_error
 from trainer.progress import say
 from trainer.settings import ALPHAS, CORESETS, NEIGHBOURS, SIZES, Settings, View
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FEWEST = 12  # train and select images together; with fewer there is nothing to choose on
 _MOST_BANK, _MOST_HELD = 80, 30  # images
 _DEFECTS = 3  # of each held-out image
+_MOST_ENLARGED = 1.25  # input to frame
 _MOST_CANDIDATE_ROWS = 60_000
 # Milliseconds on the reference machine (two Xeon cores with AVX-512, OpenVINO f32), see bench/results/line.json.
 _NETWORK_MS, _REPAIR_MS = 4.7 / 256**2, 5.0 / 1024  # a pixel; a patch
@@ -89,7 +90,7 @@ class _Ground:
 
     backbone: Backbone
     banked: Sequence[Picture]
-    held: Sequence[Picture]
+    spoilt: Spoilt  # of the held-out ones
     wishes: Wishes
     threads: int
     seed: int
@@ -128,11 +129,12 @@ def choose(backbone: Backbone, splits: Splits, wishes: Wishes, *, threads: int, 
     if len(good) < FEWEST:
         plain = replace(settings, alpha=0.0 if wishes.alpha is None else wishes.alpha)
         return Choice(plain, f"plain 1-NN: {len(good)} images are too few to choose on, wanted {FEWEST} or more")
-    ground = _Ground(backbone, *_divide(good), wishes, threads, seed)
+    banked, held = _divide(good)
     started, longest = monotonic(), 0.0
+    ground = _Ground(backbone, banked, spoil(held, each=_DEFECTS, seed=seed), wishes, threads, seed)
     trials: list[Trial] = []
     kept: dict[Settings, GridScores] = {}
-    for long_side, view in _views(wishes, trials):
+    for long_side, view in _views(_sizes(wishes, good), trials):
         # The cost of a view grows with its pixels; one that would not be done in time is not begun.
         if trials and monotonic() - started + longest * (long_side / SIZES[0]) ** 2 > seconds:
             say(f"choice: no time for {long_side} pixels, {view.exposure}, tiles {view.tiles}")
@@ -168,10 +170,11 @@ def compare(
 ) -> Comparison:
     """The same held-out images and synthetic defects for both."""
     wishes = Wishes(settings.long_side, settings.k, settings.alpha, settings.coreset, budget_ms=math.inf)
-    divided = _divide([*splits.train, *splits.select])
+    banked, held = _divide([*splits.train, *splits.select])
+    spoilt = spoil(held, each=_DEFECTS, seed=seed)
     tried = []
     for backbone in (before, after):
-        ground = _Ground(backbone, *divided, wishes, threads, seed)
+        ground = _Ground(backbone, banked, spoilt, wishes, threads, seed)
         tried += _try_view(ground, settings.long_side, settings.view)
     first, second = ((scores.maps(trial.settings), scores.truth) for trial, scores in tried)
     return Comparison(tried[0][0], tried[1][0], standard_error(first, second))
@@ -192,9 +195,16 @@ def _evenly(pictures: Sequence[Picture], most: int) -> list[Picture]:
     return [pictures[row] for row in rows]
 
 
-def _views(wishes: Wishes, trials: Sequence[Trial]) -> Iterator[tuple[int, View]]:
+def _sizes(wishes: Wishes, good: Sequence[Picture]) -> list[int]:
+    """Input sizes worth a try: one that is larger than the frame shows nothing more."""
+    if wishes.long_side:
+        return [wishes.long_side]
+    most = _MOST_ENLARGED * float(np.median([max(picture.hw) for picture in good]))
+    return [size for size in SIZES if size <= max(most, SIZES[0])]
+
+
+def _views(sizes: Sequence[int], trials: Sequence[Trial]) -> Iterator[tuple[int, View]]:
     """Inputs worth a try, the cheap ones first; larger ones with the exposure that did better at the first size."""
-    sizes = [wishes.long_side] if wishes.long_side else list(SIZES)
     for exposure in ("as-is", "levelled"):
         yield sizes[0], View(exposure)
     best = max(trials, key=lambda trial: trial.merit.value).settings.view if trials else View()
@@ -207,7 +217,7 @@ def _views(wishes: Wishes, trials: Sequence[Trial]) -> Iterator[tuple[int, View]
 def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, GridScores]]:
     """All affordable settings of one view."""
     wishes = ground.wishes
-    size = dataset.network_size([*ground.banked, *ground.held], long_side)
+    size = dataset.network_size(ground.banked, long_side)
     preprocessing = Preprocessing(size=size, mean=ground.backbone.mean, std=ground.backbone.std)
     network = FeatureNetwork(EngineNetwork(ground.backbone, view), preprocessing, ground.threads)
 
@@ -223,9 +233,9 @@ def _try_view(ground: _Ground, long_side: int, view: View) -> list[tuple[Trial, 
         network, (read_pixels(picture, preprocessing) for picture in ground.banked), coresets=affordable,
         neighbours=_neighbours(wishes), threads=ground.threads, seed=ground.seed,
     )  # fmt: skip
-    spoilt = spoil([read_pixels(picture, preprocessing) for picture in ground.held], each=_DEFECTS, seed=ground.seed)
     sampled = sampled_map(size)
-    scores = banked.score(spoilt.pictures, sampled, sampled.truth(spoilt))
+    pictures = (network_pixels(Frame(pixels), preprocessing) for pixels in ground.spoilt.pictures)
+    scores = banked.score(pictures, sampled, sampled.truth(ground.spoilt))
     trials = []
     for rows in sorted(scores.distance):
         for alpha in [wishes.alpha] if wishes.alpha is not None else ALPHAS:
@@ -324,8 +334,8 @@ def _take(trials: Sequence[Trial], kept: Mapping[Settings, GridScores], defaults
 def _smallest_as_good(order: Sequence[Trial], plain: Trial, kept: Mapping[Settings, GridScores]) -> Trial:
     """The best setting of the smallest input that is as good as the best of all, as far as one can tell.
 
-    Synthetic defects are crisp, so that they speak for large inputs a little more than real ones do: on magnetic_tile
-    512 pixels won by a thousandth of merit and lost six points of image AUROC to 384 (docs/accuracy.md).
+    A larger input is slower, and its thousandth of merit says little: on magnetic_tile 512 pixels won by so much and
+    lost six points of image AUROC to 384 (docs/accuracy.md).
     """
     worthy = [trial for trial in order if trial.merit.image_auroc >= plain.merit.image_auroc]
     for side in sorted({trial.settings.long_side for trial in worthy}):

@@ -15,13 +15,18 @@ import openvino as ov
 from daemon.bundle import Preprocessing
 from daemon.errors import DeviceError
 from daemon.inspection.backend.cpu import normalise
-from daemon.types import FloatArray, Tensor
+from daemon.types import FloatArray, Frame, Tensor
 from trainer.dataset import Picture, read_frame
 
 
 def read_pixels(picture: Picture, preprocessing: Preprocessing) -> FloatArray:
     """The picture as the network will see it, (h w 3) in 0..255. Raises DataError."""
-    planes = normalise(read_frame(picture.path), preprocessing)[0]
+    return network_pixels(read_frame(picture.path), preprocessing)
+
+
+def network_pixels(frame: Frame, preprocessing: Preprocessing) -> FloatArray:
+    """The frame as the network will see it, (h w 3) in 0..255."""
+    planes = normalise(frame, preprocessing)[0]
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return np.ascontiguousarray(np.clip(planes * std + mean, 0.0, 255.0).transpose(1, 2, 0))
 

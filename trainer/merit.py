@@ -1,7 +1,10 @@
 """How well an engine tells good images from synthetic defects: what every choice of the trainer goes by.
 
 Held-out good images, and the same ones with defects whose shapes and fills no network was trained on
-(corruption.CHOICE), get the maps that the daemon would make of them. Merit is the mean of image and pixel AUROC.
+(corruption.CHOICE), get the maps that the daemon would make of them. The defects are put on the camera's frames, not on
+the network's input: through the same resize as everything else a defect is as sharp as the part, and the same one for
+every input size. Painted at the input's resolution they spoke for inputs larger than the frame (docs/accuracy.md).
+Merit is the mean of image and pixel AUROC.
 Something else than the plain engine is taken only where it is better beyond doubt: `is_better`.
 """
 
@@ -15,23 +18,28 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from daemon.bundle import Preprocessing
 from daemon.inspection.backend.tables import smoothing_operator
-from daemon.types import FloatArray
+from daemon.types import ByteArray, FloatArray
+from trainer import dataset
 from trainer.corruption import CHOICE, Corruptor, estimate_foreground
+from trainer.dataset import Picture
+from trainer.features import read_pixels
 from trainer.shapes import BoolArray
 
 _SURE = 2.0  # standard errors: the best of a hundred settings is lucky as well as good
 _STEP = 8  # every 8th pixel of the smoothed map stands for its surroundings
 _COVERED = 0.25  # of such a pixel's surroundings, for it to count as defective
+_LONGEST_FRAME = 768  # pixels; more would only cost time
 _REDRAWS = 400  # of the bootstrap
 _BINS = 1000  # of scores in the bootstrap; a pixel's rank is known to a thousandth
 
 
 @dataclass(frozen=True)
 class Spoilt:
-    """Good images (h w 3), 0..255, then defects of them; their masks (h w), and which good image each one is of."""
+    """Good frames (H W 3), then defects of them; their masks (H W), and which good frame each one is of."""
 
-    pictures: Sequence[FloatArray]
+    pictures: Sequence[ByteArray]
     masks: Sequence[BoolArray]
     source: npt.NDArray[np.int64]
 
@@ -62,19 +70,33 @@ class Merit:
         return 0.5 * (self.image_auroc + self.pixel_auroc)
 
 
-def spoil(good: Sequence[FloatArray], *, each: int, seed: int) -> Spoilt:
-    """The good images, and `each` synthetic defects of every one."""
+def spoil(pictures: Sequence[Picture], *, each: int, seed: int) -> Spoilt:
+    """The pictures as frames of one size, at most 768 pixels on the long side, and `each` defects of every one."""
+    size = dataset.network_size(pictures, frame_side(pictures))
+    plain = Preprocessing(size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    good = [read_pixels(picture, plain) for picture in pictures]
     corruptor = Corruptor(good, CHOICE, foreground=estimate_foreground(good))
-    pictures, masks = list(good), [np.zeros(image.shape[:2], bool) for image in good]
+    frames, masks = [_as_bytes(image) for image in good], [np.zeros(size, bool) for _ in good]
     source = list(range(len(good)))
     for index in range(len(good)):
         rng = np.random.default_rng((seed, index))
         for _ in range(each):
             made = corruptor.corrupt(index, rng)
-            pictures.append(made.pixels)
+            frames.append(_as_bytes(made.pixels))
             masks.append(made.mask)
             source.append(index)
-    return Spoilt(pictures, masks, np.array(source))
+    return Spoilt(frames, masks, np.array(source))
+
+
+def frame_side(pictures: Sequence[Picture]) -> int:
+    """The median long side of the pictures' frames, as a multiple of 32 up to 768."""
+    found = float(np.median([max(picture.hw) for picture in pictures]))
+    return int(min(_LONGEST_FRAME, max(32, 32 * round(found / 32))))
+
+
+def _as_bytes(image: FloatArray) -> ByteArray:
+    found: ByteArray = np.rint(np.clip(image, 0.0, 255.0)).astype(np.uint8)
+    return found
 
 
 class SampledMap:
