@@ -58,7 +58,15 @@ class Endpoint(Section):
 
 
 class Input(Endpoint):
-    kind: Literal["router", "pull"]
+    kind: Literal["router", "pull", "shm"]
+
+    @model_validator(mode="after")
+    def _shared_memory_is_local(self) -> Input:
+        if self.kind == "shm" and not self.bind.startswith("ipc://"):
+            raise ValueError(
+                f"bind is {self.bind}, wanted ipc://path: frames in shared memory come from this box alone"
+            )
+        return self
 
 
 class Results(Endpoint):

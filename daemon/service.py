@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import zmq
 
-from daemon.config import Config
+from daemon.config import Config, Input
 from daemon.dispatch import Dispatcher, Records
 from daemon.errors import WireError
 from daemon.inspection.engine import DoneBox, Engine
@@ -167,20 +167,21 @@ class Service:
         message = receive(source, routed=routed)
         if message is None:
             return False
-        answer = self._answer_frame(message, curve=self._ports.inputs[source].uses_curve)
+        answer = self._answer_frame(message, self._ports.inputs[source])
         if routed:
             source.send_multipart([message.identity, *answer], zmq.NOBLOCK)
         return True
 
-    def _answer_frame(self, message: Message, *, curve: bool) -> list[bytes]:
+    def _answer_frame(self, message: Message, endpoint: Input) -> list[bytes]:
         line = self._config.line
         try:
-            part = decode_frame(message.parts)
+            part = decode_frame(message.parts, self._ports.rings.read if endpoint.kind == "shm" else None)
         except WireError as error:
             log.warning("bad header: %s", error)
             self._metrics.frames_refused.labels("unknown", Refusal.BAD_HEADER.value).inc()
             return encode_answer(line, None, Refusal.BAD_HEADER.value, 0, str(error))
         topic = f"frame/{part.line}/{part.camera}"
+        curve = endpoint.uses_curve
         if not self._ports.doorman.admits(curve=curve, key=message.key, role="camera", topic=topic):
             camera = part.camera if part.camera in self._config.cameras else "unknown"
             self._metrics.frames_refused.labels(camera, Refusal.FORBIDDEN.value).inc()

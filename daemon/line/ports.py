@@ -9,9 +9,10 @@ from typing import Any
 
 import zmq
 
-from daemon.config import Config, Endpoint
+from daemon.config import Config, Endpoint, Input
 from daemon.errors import ConfigError
 from daemon.keys import Keyring
+from daemon.line.shm import Rings
 from daemon.line.sockets import Bounds, Doorman, ZapGate, bind, refuses_strangers, sender_key
 from daemon.line.wire import MAX_HEADER_BYTES
 
@@ -43,9 +44,10 @@ class Ports:
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets: list[zmq.Socket[bytes]] = []
         self.doorman = Doorman(keyring, denied)
-        self.inputs: dict[zmq.Socket[bytes], Endpoint] = {}
+        self.inputs: dict[zmq.Socket[bytes], Input] = {}
         self._keyring = keyring
         self.zap = ZapGate(self._context, keyring, denied)
+        self.rings = Rings()
         try:
             self._open()
         except BaseException:
@@ -55,8 +57,9 @@ class Ports:
     def _open(self) -> None:
         config = self._config
         for entry in config.inputs:
-            kind = zmq.ROUTER if entry.kind == "router" else zmq.PULL
-            self.inputs[self._bind(kind, entry, Bounds(config.queue_mb << 20))] = entry
+            kind = zmq.PULL if entry.kind == "pull" else zmq.ROUTER
+            bounds = Bounds(_SMALL if entry.kind == "shm" else config.queue_mb << 20)
+            self.inputs[self._bind(kind, entry, bounds)] = entry
         self.results = self._bind(zmq.XPUB, config.results, Bounds(_SMALL, send=_RESULTS_WAITING))
         # Each subscription is asked about before it counts: a key hears only its own topics.
         self.results.set(zmq.XPUB_MANUAL, 1)
@@ -101,6 +104,7 @@ class Ports:
         """Close everything; what was sent has `linger_ms` to leave."""
         for socket in self._sockets:
             socket.close(linger=linger_ms)
+        self.rings.close()
         self.zap.close()
         self._context.term()
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,6 +59,12 @@ class _Image(BaseModel):
     isSimulated: bool = False
 
 
+class Fetch(Protocol):
+    """Gives the payload that lies in a slot of shared memory. Raises FrameError."""
+
+    def __call__(self, line: str, camera: str, *, epoch: str, seq: int, slot: object) -> memoryview: ...
+
+
 class FramePart:
     """What is known of a frame message after its first reading: the part, and how to read the rest.
 
@@ -66,15 +72,18 @@ class FramePart:
     that is wrong, so that a known part always ends in a verdict.
     """
 
-    __slots__ = ("_header", "_payloads", "camera", "key", "line", "part_id")
+    __slots__ = ("_fetch", "_header", "_payloads", "camera", "key", "line", "part_id")
 
-    def __init__(self, source: tuple[str, str], part: _Part, header: Header, payloads: Sequence[memoryview]) -> None:
+    def __init__(
+        self, source: tuple[str, str], part: _Part, header: Header, payloads: Sequence[memoryview], fetch: Fetch | None
+    ) -> None:
         self.line, camera = source
         self.camera = camera
         self.key = PartKey(camera, part.epoch, part.seq)
         self.part_id = part.partId
         self._header = header
         self._payloads = payloads
+        self._fetch = fetch
 
     @property
     def payload_bytes(self) -> int:
@@ -86,6 +95,10 @@ class FramePart:
             image = _Image.model_validate(self._header)
         except ValidationError as error:
             raise FrameError(_first_fault(error)) from error
+        if self._fetch is not None:
+            key = self.key
+            payload = self._fetch(self.line, self.camera, epoch=key.epoch, seq=key.seq, slot=self._header.get("slot"))
+            self._payloads = [*self._payloads, payload]
         if len(self._payloads) != 1:
             raise FrameError(f"found {len(self._payloads)} payload parts, wanted 1")
         shape = tuple(image.shape)
@@ -121,8 +134,11 @@ def _check_size(image: _Image, shape: tuple[int, ...], payload_bytes: int) -> No
         )
 
 
-def decode_frame(parts: Sequence[memoryview]) -> FramePart:
-    """Read [topic][header][payload...] up to the point where the part is known. Raises WireError."""
+def decode_frame(parts: Sequence[memoryview], fetch: Fetch | None = None) -> FramePart:
+    """Read [topic][header][payload...] up to the point where the part is known. Raises WireError.
+
+    With `fetch` the payload is not in the message: it is fetched from the slot that the header names.
+    """
     if len(parts) < 2:
         raise WireError(f"found {len(parts)} message part(s), wanted topic, header and payload")
     source = split_topic(parts[0], "frame")
@@ -131,7 +147,7 @@ def decode_frame(parts: Sequence[memoryview]) -> FramePart:
         part = _Part.model_validate(header)
     except ValidationError as error:
         raise WireError(_first_fault(error)) from error
-    return FramePart(source, part, header, parts[2:])
+    return FramePart(source, part, header, parts[2:], fetch)
 
 
 def split_topic(topic: memoryview | bytes, kind: str) -> tuple[str, str]:
