@@ -180,7 +180,7 @@ def _fingerprint(options: Options, splits: Splits, draft: Draft, recipe: Recipe)
 def choose_weight(pipeline: Pipeline, pictures: Sequence[Picture], draft: Draft, seed: int) -> tuple[float, str]:
     """The repair branch's weight beside 1 for ldknn, and a line that says why; closes the pipeline's backend.
 
-    0 unless another weight is better beyond doubt on synthetic defects (merit.is_better).
+    0 unless another weight is better on synthetic defects (merit.is_better).
     """
     maps, truth = _branch_maps(pipeline, pictures, draft, seed)
     pipeline.backend.close()

@@ -2,7 +2,7 @@
 
 REB's authors call the choice of K an open problem (Lyu et al. 2023, section 5); with a thinned bank the density
 correction can win five points or lose twenty. So every setting is tried on synthetic defects, and plain 1-NN
-(alpha = 0) stands in the grid: another setting is taken only where it is better beyond doubt (merit.is_better).
+(alpha = 0) stands in the grid: another setting is taken only where merit.is_better says so.
 A setting costs what it would take on two reference cores (`nominal_ms`), so that the choice can be repeated anywhere.
 """
 
