@@ -34,7 +34,7 @@ def make_model(weights: str) -> Any:
     model = PatchcoreModel(layers=["blocks.2", "blocks.4"], backbone="tf_efficientnet_lite0", pre_trained=False)
     own = model.feature_extractor.state_dict()
     given = {to_timm(key): value for key, value in torch.load(weights, weights_only=True).items()}
-    named = {key: next((value for name, value in given.items() if key.endswith(name)), None) for key in own}
+    named = {key: given.get(key.removeprefix("feature_extractor.")) for key in own}
     missing = [key for key, value in named.items() if value is None and "num_batches" not in key]
     if missing:
         sys.exit(f"no weights for {missing[:3]} and {len(missing)} more")
@@ -85,13 +85,25 @@ def fit(model: Any, paths: list[Path], rows: int) -> None:
     model.memory_bank = full[choose_core(full, rows, 0)].contiguous()
 
 
+class Exported(torch.nn.Module):
+    """The model with its two results alone: its own named tuple holds empty fields, which cannot be traced."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.model(images)
+        return found.pred_score, found.anomaly_map
+
+
 def export(model: Any, threads: int) -> tuple[Any, int]:
     """(OpenVINO's request, its batch): anomalib's own graph; batch 1 where it can be traced, else 2."""
     import openvino as ov
 
     for batch in (1, 2):
         try:
-            converted = ov.convert_model(model, example_input=torch.zeros(batch, 3, 256, 256))
+            converted = ov.convert_model(Exported(model).eval(), example_input=torch.zeros(batch, 3, 256, 256))
             converted.reshape([batch, 3, 256, 256])
             options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
             options["INFERENCE_PRECISION_HINT"] = "f32"
