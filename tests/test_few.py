@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from safetensors.numpy import load, save
 from torch import nn
 
-import build_engines
 from daemon.bundle import BANK, CALIBRATION, NETWORKS, Preprocessing, open_bundle
 from daemon.errors import DataError
 from daemon.inspection.backend import open_backend
@@ -33,21 +31,7 @@ from trainer.export import EngineNetwork, export_network
 from trainer.few import FewImages, leave_one_out, vary
 from trainer.finish import find_doubts
 from trainer.settings import FEW_IMAGES, Settings
-from trainer.site import Options, Site, run_command
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """The build command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["build_engines.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(build_engines.main)
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
+from trainer.site import Options, Site
 
 
 def write_parts(folder, count):

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import build_engines
 from daemon.bundle import current_bundle, open_bundle
 from daemon.errors import BundleError, ConfigError, DataError, UsageError
 from daemon.inspection.backend import open_backend
@@ -30,7 +29,7 @@ from trainer.dataset import Picture
 from trainer.evaluate import command as evaluate_command
 from trainer.evaluate import evaluate
 from trainer.golden import _paste_ellipse
-from trainer.site import _reserve, open_site, run_command
+from trainer.site import _reserve, open_site
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,20 +38,6 @@ def build(*arguments):
     """Run the command as a user does; stdout, stderr and exit code."""
     call = [sys.executable, ROOT / "build_engines.py", *map(str, arguments)]
     return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """The same without a process of its own: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["build_engines.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(build_engines.main)
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
 
 
 def picture(height, width):
