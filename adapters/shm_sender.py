@@ -2,6 +2,9 @@
 
     with ShmSender("ipc://run/frames.sock", "solar", "cam1", slot_bytes=2448 * 2048) as camera:
         camera.send(pixels, "Mono8", part_id="A17")
+        target = camera.reserve((2048, 2448))         # or let the camera's driver write where the daemon reads
+        driver.grab_into(target)
+        camera.announce(target, "Mono8", part_id="A18")
 
 Run it under the daemon's account or in its group: the ring is readable by both alone.
 """
@@ -38,6 +41,7 @@ class ShmSender:
         self._slot_bytes, self._path = slot_bytes, ring_path(line, camera)
         self._free = deque(range(slots))
         self._under_way: dict[int, int] = {}  # slot by seq
+        self._slot = 0  # reserved last
         size = slot_offset(slots, slot_bytes)
         # A new file each time: a daemon that still reads the last one keeps it until the new epoch comes.
         self._path.unlink(missing_ok=True)
@@ -64,19 +68,30 @@ class ShmSender:
     def send(
         self, pixels: npt.NDArray[Any], pixel_format: str, *, part_id: str | None = None, product: str | None = None
     ) -> int:
-        """Send one raw frame, (H W) or (H W C); its seq. Waits for a free slot.
+        """Copy one raw frame, (H W) or (H W C), into a slot and announce it; its seq. Errors are `reserve`'s."""
+        target = self.reserve(pixels.shape, pixels.dtype)
+        target[...] = pixels
+        return self.announce(target, pixel_format, part_id=part_id, product=product)
+
+    def reserve(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        """A free slot as an array of this shape, for a camera's driver to fill itself. Waits for one.
 
         Raises DataError for a frame that is larger than a slot, TimeoutError where the daemon frees none.
         """
-        size = pixels.nbytes
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if size > self._slot_bytes:
             raise DataError(f"found a frame of {size} bytes, the slots have {self._slot_bytes}; make larger ones")
-        slot, seq = self._take_slot(), self.seq
-        offset = slot_offset(slot, self._slot_bytes)
+        self._slot = self._take_slot()
+        offset = slot_offset(self._slot, self._slot_bytes)
         SLOT.pack_into(self._memory, offset, BEING_WRITTEN, 0)
-        target = np.frombuffer(self._memory, np.uint8, size, offset + SLOT_HEADER_BYTES)
-        target[:] = pixels.reshape(-1).view(np.uint8)
-        SLOT.pack_into(self._memory, offset, seq, size)
+        return np.frombuffer(self._memory, dtype, int(np.prod(shape)), offset + SLOT_HEADER_BYTES).reshape(shape)
+
+    def announce(
+        self, pixels: npt.NDArray[Any], pixel_format: str, *, part_id: str | None = None, product: str | None = None
+    ) -> int:
+        """Send what was put into the array that `reserve` gave last; its seq."""
+        slot, seq = self._slot, self.seq
+        SLOT.pack_into(self._memory, slot_offset(slot, self._slot_bytes), seq, pixels.nbytes)
         header: Header = {
             "v": 1, "epoch": self.epoch, "seq": seq, "partId": part_id, "capturedNs": time.time_ns(), "encoding": "raw",
             "shape": list(pixels.shape), "pixelFormat": pixel_format, "slot": slot,

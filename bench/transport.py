@@ -1,0 +1,149 @@
+"""Hand-over of a frame from a camera's process to the daemon's: shared memory, ipc, tcp, tcp with CURVE, in turns.
+
+    python -m bench.transport
+
+`shm` is a camera whose driver writes into the slot itself, `shm, copied in` one whose frame is copied there first.
+Milliseconds from the call that sends until the daemon's own code has the frame's pixels (receive, decode_frame,
+frame()), by the monotonic clock that processes share; one frame under way at a time, as at a camera's pace. Result:
+bench/results/transport.json.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import zmq
+
+from adapters.shm_sender import ShmSender
+from bench.record import origin, write_result
+from daemon.line.ports import receive
+from daemon.line.shm import Rings
+from daemon.line.wire import decode_frame, encode_frame
+from daemon.types import RawFrame
+
+_SIZES = {"0.3 MB": (480, 640), "2.3 MB": (1200, 1920), "15 MB": (2048, 2448, 3)}
+_FRAMES, _ROUNDS, _PAUSE_S = 60, 5, 0.005
+
+
+def serve(address: str, keys: tuple[bytes, bytes] | None, pipe: Connection) -> None:
+    """The daemon's end: tell when each frame was there."""
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    if keys:
+        socket.curve_server, socket.curve_publickey, socket.curve_secretkey = True, *keys
+    socket.bind(address)
+    rings = Rings()
+    pipe.send("ready")
+    while True:
+        if not socket.poll(100):
+            if pipe.poll():
+                return
+            continue
+        message = receive(socket, routed=True)
+        assert message is not None
+        has_slot = len(message.parts) == 2
+        part = decode_frame(message.parts, rings.read if has_slot else None)
+        frame = part.frame()
+        taken_ns = time.monotonic_ns()
+        del frame
+        answer = json.dumps({"seq": part.key.seq}).encode()
+        socket.send_multipart([message.identity, b"answer", answer])
+        pipe.send(taken_ns)
+
+
+def measure(kind: str, shape: tuple[int, ...], place: Path) -> list[float]:
+    """Milliseconds of each frame of one round, the first three left out."""
+    name = f"{kind}-{time.monotonic_ns()}"
+    address = f"ipc://{place}/{name}" if kind.startswith(("shm", "ipc")) else f"tcp://127.0.0.1:{_free_port()}"
+    keys = zmq.curve_keypair() if kind == "tcp, CURVE" else None
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(address, keys, theirs), daemon=True)
+    process.start()
+    assert ours.recv() == "ready"
+    pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    prepare, send, close = make_sender(kind, address, keys[0] if keys else None, pixels)
+    spent = []
+    for _ in range(_FRAMES + 3):
+        prepare()
+        started = time.monotonic_ns()
+        send()
+        spent.append((ours.recv() - started) / 1e6)
+        time.sleep(_PAUSE_S)
+    close()
+    ours.send("end")
+    process.join(5)
+    return spent[3:]
+
+
+def make_sender(
+    kind: str, address: str, server: bytes | None, pixels: np.ndarray[Any, Any]
+) -> tuple[Callable[[], None], Callable[[], Any], Callable[[], None]]:
+    """(what comes before a frame is complete, send one frame, close)."""
+    pixel_format = "RGB8" if pixels.ndim == 3 else "Mono8"
+    if kind.startswith("shm"):
+        camera = ShmSender(address, "bench", "cam1", slot_bytes=pixels.nbytes)
+        if kind == "shm, copied in":
+            return lambda: None, lambda: camera.send(pixels, pixel_format), camera.close
+        target = [pixels]
+
+        def grab() -> None:  # what the camera's driver does, before the frame is complete
+            target[0] = camera.reserve(pixels.shape)
+            target[0][...] = pixels
+
+        return grab, lambda: camera.announce(target[0], pixel_format), camera.close
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    if server is not None:
+        socket.curve_serverkey = server
+        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    socket.connect(address)
+    state = {"seq": 0}
+
+    def send() -> None:
+        payload = memoryview(pixels.reshape(-1))
+        frame = RawFrame("cam1", "e", state["seq"], None, 1, "raw", pixels.shape, pixel_format, None, payload)
+        socket.send_multipart(encode_frame("bench", frame), copy=False)
+        state["seq"] += 1
+        while socket.poll(0):
+            socket.recv_multipart()
+
+    return lambda: None, send, lambda: context.destroy(linger=0)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    """Rounds in turns; the median and the p99 over all of a kind's frames."""
+    kinds = ("shm", "shm, copied in", "ipc", "tcp", "tcp, CURVE")
+    spent: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="inspectd-transport-") as folder:
+        for _ in range(_ROUNDS):
+            for size, shape in _SIZES.items():
+                for kind in kinds:
+                    spent.setdefault((size, kind), []).extend(measure(kind, shape, Path(folder)))
+    rows = []
+    for (size, kind), values in spent.items():
+        ordered = sorted(values)
+        row = {"size": size, "kind": kind, "p50Ms": median(values), "p99Ms": ordered[int(0.99 * len(ordered))]}
+        rows.append(row)
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    write_result("transport.json", {**origin("pyzmq", "numpy"), "protocol": __doc__, "frames": _FRAMES, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
