@@ -109,7 +109,9 @@ class ShmSender:
         while not self._free:
             left_ms = int(1000 * (until - time.monotonic()))
             if left_ms <= 0:
-                raise TimeoutError(f"no answer from the daemon for {_WAIT_MS} ms: all slots are under way")
+                raise TimeoutError(
+                    f"no answer from the daemon for {_WAIT_MS} ms: all slots are under way; make a new ShmSender"
+                )
             self._hear(left_ms)
         return self._free.popleft()
 
@@ -118,7 +120,10 @@ class ShmSender:
         while self._socket.poll(wait_ms):
             answer = decode_header(self._socket.recv_multipart()[-1])
             self.answers.append(answer)
-            slot = self._under_way.pop(answer.get("seq"), None)  # type: ignore[arg-type]
+            seq = answer.get("seq")
+            if seq is None and self._under_way:  # a header that could not be read; answers come in order
+                seq = next(iter(self._under_way))
+            slot = self._under_way.pop(seq, None)
             if slot is not None:
                 self._free.append(slot)
             wait_ms = 0

@@ -10,7 +10,7 @@
 # Without a GPU it says so and ends with 69.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=${1:-wheels}
+folder=$(realpath -m "${1:-wheels}")
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -29,12 +29,12 @@ install_pycuda() {
     (
         cd "$work"/pycuda-*/
         echo "CUDA_ENABLE_CURAND = False" >siteconf.py
-        "$python" -m pip install --quiet --no-index --no-build-isolation --find-links "$OLDPWD/$folder" .
+        "$python" -m pip install --quiet --no-index --no-build-isolation --find-links "$folder" .
     )
 }
 if ! "$python" -c 'import pycuda.driver' 2>/dev/null; then
     "$python" -m pip install --quiet --no-index --find-links "$folder" pytools mako 2>/dev/null || true
-    install_pycuda || echo "gpu_check: no PyCUDA ($folder holds no source package that builds): the backend itself is not run"
+    install_pycuda || echo "gpu_check: no PyCUDA ($folder holds no source package that builds)"
 fi
 
 mkdir -p bench/results
@@ -47,3 +47,8 @@ else
     echo "gpu_check: no compute-sanitizer: neither memory nor races were checked"
 fi
 "$python" -m bench.gpu_check
+if "$python" -c 'import pycuda.driver' 2>/dev/null; then
+    "$python" -m bench.gpu_backend
+else
+    echo "gpu_check: without PyCUDA the backend itself was not run"
+fi

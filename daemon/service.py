@@ -188,7 +188,9 @@ class Service:
             return encode_answer(line, part.key, Refusal.FORBIDDEN.value, 0, f"this key may not speak on {topic}")
         answer = self.dispatcher.on_frame(part, message.key)
         refusal = answer.refusal.value if answer.refusal else None
-        return encode_answer(line, part.key, refusal, self.dispatcher.credit(part.payload_bytes), answer.detail)
+        # The size of a frame in shared memory is known only when it was read.
+        credit = self.dispatcher.credit(part.payload_bytes) if part.payload_bytes else 0
+        return encode_answer(line, part.key, refusal, credit, answer.detail)
 
     def _serve_zap(self) -> bool:
         self._ports.zap.serve()

@@ -191,6 +191,7 @@ def make_driver(gpu):  # noqa: C901 - one closure a function of the driver
     driver.memcpy_dtoh_async = lambda values, source, stream: copy(
         "copy out", values.ctypes.data, source, values.nbytes
     )
+    driver.memcpy_dtod_async = lambda to, source, size, stream: copy("copy on", to, source, size)
     driver.memcpy_dtoh = lambda values, source: ctypes.memmove(values.ctypes.data, int(source), values.nbytes)
     driver.module_from_buffer = module_from_buffer
     driver.Module = Module
@@ -341,7 +342,7 @@ def install(monkeypatch, gpu, tensorrt="tensorrt"):
     package = types.ModuleType("pycuda")
     package.driver = driver
     modules = {"pycuda": package, "pycuda.driver": driver, "pycuda.compiler": make_compiler(gpu, driver)}
-    modules |= {"tensorrt": None, "tensorrt_rtx": None}
+    modules |= {"tensorrt": None, "tensorrt_rtx": None, "tensorrt_rtx_bindings": None}
     if tensorrt:
         modules[tensorrt] = make_tensorrt(gpu, tensorrt)
     for name, module in modules.items():

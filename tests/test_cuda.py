@@ -20,7 +20,7 @@ from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pipeline
 from daemon.keys import load_trusted, make_signing_key
 from daemon.types import Frame, Outcome, Reason
-from tests import bundles, reference
+from tests import bundles, fake_cuda, reference
 from tests.fake_cuda import Error, Gpu, Plan, install
 from tests.test_branches import STANDARD, with_repair
 
@@ -362,6 +362,37 @@ def test_fault_while_recording_ends_the_capture_and_the_next_frame_is_inspected(
     assert backend.run(Frame(bundles.good_pixels(0)))[0].score
 
 
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((64, 64, 3), np.uint16), np.zeros((1, 40_000, 1), np.uint8)], ids=["deep colour", "endless row"]
+)
+def test_frame_that_the_gpu_cannot_take_is_a_device_error(backend, pixels):
+    with pytest.raises(DeviceError, match=r"found a frame of shape .*, wanted gray of 8 or 16 bit or RGB of 8 bit"):
+        backend.run(Frame(pixels))
+    assert backend.run(Frame(bundles.good_pixels(0)))[0].score
+
+
+def test_without_a_compiler_the_target_is_named(bundle, gpu, monkeypatch):
+    import sys
+
+    def no_nvcc(*_arguments, **_options):
+        raise OSError("nvcc: command not found")
+
+    monkeypatch.setattr(sys.modules["pycuda.compiler"], "SourceModule", no_nvcc)
+    with pytest.raises(DeviceError, match=r"command not found.*--targets cpu,kernels:sm87"):
+        CudaBackend(bundle)
+
+
+def test_of_two_tensorrts_the_one_with_a_plan_is_taken(folder, keys, monkeypatch):
+    import sys
+
+    (folder / "networks.trt.plan").rename(folder / "networks.rtx-sm87.plan")
+    bundle = seal_again(folder, keys)
+    gpu = install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), tensors())))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_cuda.make_tensorrt(gpu, "tensorrt_rtx"))
+    assert CudaBackend(bundle).run(Frame(bundles.good_pixels(0)))[0].score
+    assert open_backend(bundle, "auto").name == "cuda"
+
+
 def test_no_memory_at_opening_is_a_device_error(bundle, gpu):
     gpu.next_fault = ("mem_alloc", Error("cuMemAlloc failed: out of memory"))
     with pytest.raises(DeviceError, match="out of memory"):
@@ -370,8 +401,6 @@ def test_no_memory_at_opening_is_a_device_error(bundle, gpu):
 
 
 def test_nan_from_the_networks_is_an_engine_error(backend, bundle, monkeypatch):
-    from tests import fake_cuda
-
     pipeline = Pipeline(bundle, backend)
     whole = fake_cuda.view
 

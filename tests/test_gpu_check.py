@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import gpu_backend
 from bench.gpu_check import report
 from bench.gpu_parity import Check, check_all, exact_nearest
 from tests.emulator import launch, load
+from tests.fake_cuda import Gpu, install
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +68,14 @@ def test_wrong_kernel_fails_its_check(kernel, spoil, named):
     failed = [check.what for check in check_all(Emulated((kernel, spoil)), is_small=True) if not check.holds]
     assert failed
     assert any(named in what for what in failed), failed
+
+
+@needs_compiler
+def test_backend_passes_its_own_check_with_the_networks_left_out(monkeypatch, capsys):
+    gpu = install(monkeypatch, Gpu(), tensorrt=None)
+    assert report(gpu_backend.check_backend((64, 64), (8, 8), 300, [(64, 64), (80, 70), (66, 64), (64, 90), (70, 64)]))
+    assert gpu.log.count("graph closed") == 5  # one made room, four were closed at the end
+    assert gpu.log[-1] == "detach"
 
 
 def test_nan_fails_a_check():

@@ -175,6 +175,32 @@ def test_shared_memory_is_refused_over_tcp(tmp_path):
         load_config(site.write_config())
 
 
+@pytest.mark.parametrize(
+    ("slots", "slot_bytes"), [(2**63, 100), (3, 2**63), (0, SLOT_BYTES), (4, SLOT_BYTES), (2**64 - 1, 2**64 - 1)]
+)
+def test_ring_that_claims_more_than_its_file_has_is_a_bad_frame(rings, camera, slots, slot_bytes):
+    path = write_ring(camera, [(1, b"x")])
+    with path.open("r+b") as file:
+        file.write(HEAD.pack(MAGIC, slots, slot_bytes))
+    before = open_files()
+    for slot in (0, 2**62):
+        with pytest.raises(FrameError, match="the file is smaller"):
+            read(rings, camera, 1, slot)
+    assert open_files() == before
+
+
+def test_frames_of_many_sizes_share_a_few_buffers(rings, camera):
+    """JPEGs: each one another size."""
+    write_ring(camera, [(1, b"x")])
+    ring = ring_path("solar", camera)
+    for size in range(1, SLOT_BYTES, 7):
+        with ring.open("r+b") as file:
+            file.seek(slot_offset(0, SLOT_BYTES))
+            file.write(SLOT.pack(1, size))
+        assert len(read(rings, camera, 1, 0)) == size
+    assert len(rings._buffers._idle) <= 8
+
+
 # The sender, and a real daemon
 
 
@@ -257,6 +283,15 @@ def _header(camera, seq, slot):
             "shape": [10, 10], "pixelFormat": "Mono8", "slot": slot,
         }
     )  # fmt: skip
+
+
+def test_slot_comes_back_when_the_daemon_cannot_read_the_header(site):
+    with open_sender(site, slots=2) as camera:
+        for _ in range(6):  # an empty part id is refused as BAD_HEADER, whose answer carries no seq
+            camera.send(bundles.good_pixels(1)[:, :, 0], "Mono8", part_id="")
+        camera.send(bundles.good_pixels(1)[:, :, 0], "Mono8", part_id="good")
+        while not any(answer["status"] == "accepted" for answer in camera.answers):
+            camera._hear(2000)
 
 
 def test_sender_says_when_a_frame_is_too_large_and_when_nobody_answers(camera, tmp_path, monkeypatch):

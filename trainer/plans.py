@@ -57,7 +57,7 @@ def convert_to_fp16(source: Path, target: Path) -> None:
     """
     from onnxconverter_common import float16
 
-    largest = max(float(np.abs(values).max()) for values in _run(source, np.float32, every_layer=True))
+    largest = float(np.max([np.abs(values).max() for values in _run(source, np.float32, every_layer=True)]))
     if not largest <= _LARGEST_VALUE:
         raise DeviceError(
             f"{source.name}: found values up to {largest:.3g} between its layers, wanted at most {_LARGEST_VALUE:.0f}: "
@@ -127,14 +127,17 @@ def build_plan(network: Path, kind: str, capability: str, folder: Path) -> Path:
     else:
         config.builder_optimization_level = _OPTIMISATION
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
-        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+        known = cache.read_bytes() if cache.exists() else b""
+        # One of another version or GPU is refused: then it begins anew.
+        if not config.set_timing_cache(config.create_timing_cache(known), False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
         raise DeviceError(f"{trt.__name__} {trt.__version__} built no plan for sm{capability}: {logger.last}")
-    if kind == "trt":
-        cache.write_bytes(config.get_timing_cache().serialize())
     target = folder / plan_name(trt.__name__, capability)
     target.write_bytes(plan)
+    if kind == "trt" and (timings := config.get_timing_cache()) is not None:
+        cache.write_bytes(timings.serialize())
     say(f"{target.name}: {target.stat().st_size / 1e6:.1f} MB by {trt.__name__} {trt.__version__}")
     return target
 

@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 import weakref
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ HEAD, SLOT = struct.Struct("<16sQQ"), struct.Struct("<QQ")
 PAGE, SLOT_HEADER_BYTES = 4096, 64
 BEING_WRITTEN = 2**64 - 1
 FOLDER = Path("/dev/shm")  # noqa: S108 - not for temporary files: the one place for shared memory
-_MOST_IDLE = 8  # buffers of a size
+_MOST_IDLE = 8  # buffers
 
 
 def ring_path(line: str, camera: str) -> Path:
@@ -57,7 +58,10 @@ class Rings:
                 known[1].close()
                 del self._open[camera]
             self._open[camera] = (epoch, _Ring(ring_path(line, camera)))
-        return self._open[camera][1].read(slot, seq, self._buffers)
+        try:
+            return self._open[camera][1].read(slot, seq, self._buffers)
+        except (OSError, MemoryError) as error:
+            raise FrameError(f"{ring_path(line, camera)}: slot {slot} cannot be read: {error}") from error
 
     def close(self) -> None:
         for _, ring in self._open.values():
@@ -80,6 +84,12 @@ class _Ring:
             self.close()
             raise FrameError(f"{path}: found no ring of frames, wanted one that begins with {MAGIC!r}")
         _, self._slots, self._slot_bytes = HEAD.unpack(head)
+        # What the head claims bounds every place and every size that is used later.
+        if self._slots < 1 or slot_offset(self._slots, self._slot_bytes) > os.fstat(self._file).st_size:
+            self.close()
+            raise FrameError(
+                f"{path}: the ring claims {self._slots} slots of {self._slot_bytes} bytes, the file is smaller"
+            )
 
     def read(self, slot: int, seq: int, buffers: _Buffers) -> memoryview:
         if not 0 <= slot < self._slots:
@@ -104,20 +114,24 @@ class _Ring:
 
 
 class _Buffers:
-    """Memory that has been touched before: a new page costs more than the copy into it."""
+    """Memory that has been touched before: a new page costs more than the copy into it.
+
+    Handed out in powers of two, so that frames whose sizes differ (JPEG) share it; a few buffers wait, no more.
+    """
 
     def __init__(self) -> None:
-        self._idle: dict[int, list[ByteArray]] = {}
+        self._idle: deque[ByteArray] = deque(maxlen=_MOST_IDLE)
 
     def take(self, size: int) -> ByteArray:
         """`size` bytes, which come back by themselves when nobody holds them any more."""
-        idle = self._idle.setdefault(size, [])
-        memory = idle.pop() if idle else np.empty(size, np.uint8)
-        view = memory[:]
+        memory = next((each for each in self._idle if size <= each.nbytes < 4 * max(size, PAGE)), None)
+        if memory is None:
+            memory = np.empty(1 << max(size - 1, PAGE).bit_length(), np.uint8)
+        else:
+            self._idle = deque((each for each in self._idle if each is not memory), _MOST_IDLE)
+        view = memory[:size]
         weakref.finalize(view, self._give_back, memory).atexit = False
         return view
 
     def _give_back(self, memory: ByteArray) -> None:
-        idle = self._idle.setdefault(memory.nbytes, [])
-        if len(idle) < _MOST_IDLE:
-            idle.append(memory)
+        self._idle.append(memory)  # and the one that waited longest goes

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import openvino as ov
 from openvino import opset13 as ops
 
-from daemon.bundle import NETWORKS, Bundle, Fusion, Preprocessing
+from daemon.bundle import NETWORKS, Bundle, Preprocessing
 from daemon.errors import DeviceError
-from daemon.inspection.backend.tables import smoothing_operator
+from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
 from daemon.inspection.tensors import check_outputs, load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor, Timings
 
@@ -148,12 +148,6 @@ def resize(pixels: PixelArray, height: int, width: int) -> PixelArray:
     if rows < height or columns < width:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return pixels
-
-
-def branch_scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:
-    """(centre, factor): a branch's scores s enter the map as (s - centre) * factor."""
-    standard = fusion.standardisation[branch]
-    return np.float32(standard.centre), np.float32(fusion.weights[branch]) / np.float32(standard.scale)
 
 
 def _compile(bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str, threads: int) -> tuple[Any, Any]:

@@ -11,6 +11,8 @@ kernels only where the bundle has none for this GPU. One context, retained expli
 from __future__ import annotations
 
 import importlib
+import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,9 @@ import numpy.typing as npt
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
-from daemon.inspection.backend.cpu import branch_scaling
 from daemon.inspection.backend.graph import Graph
 from daemon.inspection.backend.plan import Networks, import_tensorrt
-from daemon.inspection.backend.tables import Table, banded, resampling, smoothing_operator
+from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, smoothing_operator
 from daemon.inspection.tensors import load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 
@@ -37,6 +38,8 @@ _SHARED_BYTES = _STAGES * (_BLOCK_QUERIES + _BLOCK_ROWS) * _STEP * 2
 _BLOCKS_A_MULTIPROCESSOR = 2
 _NO_ROW = np.float32(-3e38)  # the bias of rows that only fill the last block
 _MOST_SIZES = 4  # of frames that are kept ready
+_LONGEST_SIDE = 32_768  # pixels; the tables of a longer one take longer than a frame may hang
+_RECORDING = threading.Lock()
 _KINDS = {(1, np.dtype(np.uint8)): "mono8", (1, np.dtype(np.uint16)): "mono16", (3, np.dtype(np.uint8)): "rgb8"}
 
 
@@ -69,7 +72,7 @@ class CudaBackend:
             self._cuda.init()
             self._device = self._cuda.Device(0)
             self._context = self._device.retain_primary_context()
-        with self._current():
+        with self._current(), _as_device_error():
             self._open(bundle)
 
     def _open(self, bundle: Bundle) -> None:
@@ -108,10 +111,19 @@ class CudaBackend:
             if name in bundle.manifest.files:
                 module = self._cuda.module_from_buffer(bundle.read(name))
             else:
-                compiler = importlib.import_module("pycuda.compiler")
-                options = {"options": COMPILER_OPTIONS, "no_extern_c": True, "include_dirs": [str(KERNELS.parent)]}
-                module = compiler.SourceModule(KERNELS.read_text(), arch=f"sm_{capability}", **options)
+                module = self._compile_kernels(bundle, capability)
             self._functions = {name: module.get_function(name).prepare(types) for name, types in _SIGNATURES.items()}
+
+    def _compile_kernels(self, bundle: Bundle, capability: str) -> Any:
+        compiler = importlib.import_module("pycuda.compiler")
+        options = {"options": COMPILER_OPTIONS, "no_extern_c": True, "include_dirs": [str(KERNELS.parent)]}
+        try:
+            return compiler.SourceModule(KERNELS.read_text(), arch=f"sm_{capability}", **options)
+        except OSError as error:  # pytools' ExecError, where nvcc is not found
+            raise DeviceError(
+                f"{bundle.folder}: has no kernels for this GPU, and they cannot be compiled here ({error}); build the "
+                f"engine with --targets cpu,kernels:sm{capability} where nvcc is, or put nvcc into PATH"
+            ) from error
 
     def _load_bank(self, bundle: Bundle, patches: int) -> None:
         """Rows rounded to FP16 and padded; the bias is of the ROUNDED rows, else near rows change places."""
@@ -180,18 +192,34 @@ class CudaBackend:
             for size in self._sizes.values():
                 size.graph.close()
             self._sizes.clear()
-            self._buffers.clear()
-            del self._networks, self._stream
-        self._context.detach()
+            # Everything on the device goes while the context is current; PyCUDA frees nothing afterwards.
+            context = self._context
+            for name in [name for name in vars(self) if name not in ("_context", "_cuda")]:
+                delattr(self, name)
+        context.detach()
 
     def _size_for(self, pixels: PixelArray) -> _Size:
         key = (pixels.shape, pixels.dtype.str)
         if key in self._sizes:
             self._sizes.move_to_end(key)
             return self._sizes[key]
+        if max(pixels.shape[:2]) > _LONGEST_SIDE or (pixels.shape[2], pixels.dtype) not in _KINDS:
+            raise DeviceError(
+                f"found a frame of shape {list(pixels.shape)} in {pixels.dtype}, wanted gray of 8 or 16 bit or RGB of "
+                f"8 bit, at most {_LONGEST_SIDE} pixels a side; use backend.kind cpu for others"
+            )
         while len(self._sizes) >= _MOST_SIZES:
             self._sizes.popitem(last=False)[1].graph.close()
-        self._sizes[key] = made = _Size(self, pixels)
+        # One at a time in the process: what another engine does to the default stream would spoil a recording.
+        with _RECORDING:
+            try:
+                self._sizes[key] = made = _Size(self, pixels)
+            except BaseException as error:
+                # PyCUDA frees memory only while the context is current: let go of the half-made size here.
+                for raised in (error, error.__cause__, error.__context__):
+                    if raised is not None:
+                        traceback.clear_frames(raised.__traceback__)
+                raise
         return made
 
     def enqueue(self, size: _Size) -> None:

@@ -33,10 +33,17 @@ class Graph:
         _call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(_THREAD_LOCAL))
         try:
             work()
-        finally:  # a capture that is not ended would swallow all that follows on the stream
-            _call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        _call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, ctypes.c_ulonglong(0))
-        _call("cuGraphDestroy", graph)
+        except BaseException:
+            # A capture that is not ended would swallow all that follows; what it says now is of no interest.
+            _driver().cuStreamEndCapture(self._stream, ctypes.byref(graph))
+            if graph:
+                _driver().cuGraphDestroy(graph)
+            raise
+        _call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        try:
+            _call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, ctypes.c_ulonglong(0))
+        finally:
+            _driver().cuGraphDestroy(graph)
 
     def launch(self) -> None:
         _call("cuGraphLaunch", self._ready, self._stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -12,12 +13,20 @@ from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
 
 
-def import_tensorrt() -> Any:
-    """`tensorrt`, else TensorRT for RTX: the same API; a plan of one is none of the other. Raises ImportError."""
+def import_tensorrt(plans: Collection[str] = ()) -> Any:
+    """`tensorrt`, else TensorRT for RTX: the same API; a plan of one is none of the other.
+
+    Of several that are installed, one that a plan among `plans` is for. Raises ImportError.
+    """
+    found = []
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
         with suppress(ImportError):
-            return importlib.import_module(name)
-    raise ImportError("found neither tensorrt nor tensorrt_rtx")
+            found.append(importlib.import_module(name))
+    if not found:
+        raise ImportError("found neither tensorrt nor tensorrt_rtx")
+    kinds = {"networks.trt.plan" if module.__name__ == "tensorrt" else "networks.rtx": module for module in found[::-1]}
+    fitting = [module for kind, module in kinds.items() if any(plan.startswith(kind) for plan in plans)]
+    return fitting[-1] if fitting else found[0]
 
 
 def plan_name(module: str, capability: str) -> str:
@@ -29,7 +38,7 @@ class Networks:
     """On the GPU. buffers: image (1 3 h w) f16, features (P C) f32 and, with that branch, repair (P) f32."""
 
     def __init__(self, bundle: Bundle, capability: str, cuda: Any) -> None:
-        self._trt = import_tensorrt()
+        self._trt = import_tensorrt(bundle.manifest.files)
         name = plan_name(self._trt.__name__, capability)
         self._path = bundle.folder / name
         if name not in bundle.manifest.files:

@@ -6,11 +6,15 @@ An operator is a matrix (outputs inputs) whose rows are zero but for a band; a t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from daemon.types import FloatArray
+
+if TYPE_CHECKING:  # this file is also for machines that have NumPy alone
+    from daemon.bundle import Fusion
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,9 @@ def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
         mirrored = np.abs((pixels + offset + period) % period)
         np.add.at(gaussian, (pixels, np.where(mirrored < size, mirrored, period - mirrored)), weight)
     return (gaussian @ upsample).astype(np.float32)
+
+
+def branch_scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:
+    """(centre, factor): a branch's scores s enter the map as (s - centre) * factor."""
+    standard = fusion.standardisation[branch]
+    return np.float32(standard.centre), np.float32(fusion.weights[branch]) / np.float32(standard.scale)
