@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from daemon.bundle import FP16_NETWORKS, NETWORKS
 from daemon.errors import DeviceError, UsageError
-from daemon.inspection.backend.cuda import COMPILER_OPTIONS, KERNELS, kernels_name
+from daemon.inspection.backend.cubin import COMPILER_OPTIONS, KERNELS, kernels_name
 from daemon.inspection.backend.plan import import_tensorrt, plan_name
 from trainer.progress import say, warn
 

@@ -16,7 +16,6 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,13 @@ import numpy.typing as npt
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
+from daemon.inspection.backend.cubin import load_kernels
 from daemon.inspection.backend.graph import Graph
 from daemon.inspection.backend.plan import Networks, import_tensorrt
 from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, smoothing_operator
 from daemon.inspection.tensors import load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 
-KERNELS = Path(__file__).parent / "kernels" / "inspectd.cu"
-COMPILER_OPTIONS = ["-O3", "-std=c++17"]
 # ldknn.cu's own: queries and bank rows of a block, its copies under way, channels are padded to a multiple of STEP.
 _BLOCK_QUERIES, _BLOCK_ROWS, _STAGES, _STEP = 128, 128, 3, 32
 _SHARED_BYTES = _STAGES * (_BLOCK_QUERIES + _BLOCK_ROWS) * _STEP * 2
@@ -56,10 +54,6 @@ def why_not(bundle: Bundle) -> str | None:
     return None
 
 
-def kernels_name(capability: str) -> str:
-    return f"kernels.sm{capability}.cubin"
-
-
 class CudaBackend:
     """The Backend protocol on the first GPU."""
 
@@ -81,7 +75,7 @@ class CudaBackend:
         self._branches = {branch: branch_scaling(manifest.fusion, branch) for branch in manifest.branches}
         self._stream = self._cuda.Stream()
         capability = "".join(map(str, self._device.compute_capability()))
-        self._load_kernels(bundle, capability)
+        self._functions = load_kernels(self._cuda, bundle, capability)
         patches, (h, w) = self._grid[0] * self._grid[1], self._hw
         with _as_device_error():
             self._networks = Networks(bundle, capability, self._cuda)
@@ -103,27 +97,6 @@ class CudaBackend:
         self._found_mask: npt.NDArray[np.uint32] = self._page_locked((h, words), np.uint32)
 
     # Opening
-
-    def _load_kernels(self, bundle: Bundle, capability: str) -> None:
-        """The bundle's own for this GPU; else they are compiled once and kept in the user's cache."""
-        name = kernels_name(capability)
-        with _as_device_error():
-            if name in bundle.manifest.files:
-                module = self._cuda.module_from_buffer(bundle.read(name))
-            else:
-                module = self._compile_kernels(bundle, capability)
-            self._functions = {name: module.get_function(name).prepare(types) for name, types in _SIGNATURES.items()}
-
-    def _compile_kernels(self, bundle: Bundle, capability: str) -> Any:
-        compiler = importlib.import_module("pycuda.compiler")
-        options = {"options": COMPILER_OPTIONS, "no_extern_c": True, "include_dirs": [str(KERNELS.parent)]}
-        try:
-            return compiler.SourceModule(KERNELS.read_text(), arch=f"sm_{capability}", **options)
-        except OSError as error:  # pytools' ExecError, where nvcc is not found
-            raise DeviceError(
-                f"{bundle.folder}: has no kernels for this GPU, and they cannot be compiled here ({error}); build the "
-                f"engine with --targets cpu,kernels:sm{capability} where nvcc is, or put nvcc into PATH"
-            ) from error
 
     def _load_bank(self, bundle: Bundle, patches: int) -> None:
         """Rows rounded to FP16 and padded; the bias is of the ROUNDED rows, else near rows change places."""
@@ -322,18 +295,6 @@ class _Size:
         self.tables = backend.upload_tables(self.frame_hw)
         self.host[...] = pixels
         self.graph = backend.record(self)
-
-
-# struct's letters: P pointer, i int32, f float32.
-_RESAMPLE = "PPiPPi"
-_SIGNATURES = {
-    **{f"preprocess_{kind}": f"PP{_RESAMPLE}PPiiii" for kind in sorted(set(_KINDS.values()))},
-    "ldknn_round": "PPPiii",
-    "ldknn_search": "PPPPiiii",
-    "ldknn_finish": "PPPPPPfiii",
-    "postprocess_start": "P",
-    "postprocess": f"PPffff{_RESAMPLE}PPPfiii",
-}
 
 
 def _up_to(count: int, multiple: int) -> int:
