@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from daemon.errors import UsageError
 from trainer import build, finish
 from trainer.draft import open_draft, with_limit
 from trainer.site import Options, open_site, parse_targets, publish, run_command
@@ -23,7 +24,10 @@ def _check_name(_context: click.Context, _parameter: click.Parameter, name: str)
 
 
 def _check_targets(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return parse_targets(value)
+    try:
+        return parse_targets(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _check_branches(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ def table() -> str:
             f"{demo['falseRejectRate']:.2%} / {demo['falseRejectBound95']:.2%}",
         ),
         ("solar cells: escapes", f"{demo['escapeRate']:.1%}"),
+        *_peer_rows(),
         ("solar cells: send to verdict at 25/s", f"p50 {demo['p50Ms']:.1f} ms, p99 {demo['p99Ms']:.1f} ms"),
     ]
     frame, network = _by(line["frameHw"]), _by(line["networkHw"])
@@ -48,6 +49,18 @@ def table() -> str:
         "`python -m bench.tables` from [bench/results](bench/results), which say commit, versions and options."
     )
     return "\n".join([head, "", *(f"| {left} | {right} |" for left, right in rows)])
+
+
+def _peer_rows() -> list[tuple[str, str]]:
+    """Decode to verdict against the peer, where it was measured."""
+    path = RESULTS / "peer.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    times = f"{found['oursMs']:.1f} ms against {found['peerMs']:.1f} ms: {found['ratio']:.1f} times as fast"
+    aurocs = f"image AUROC {found['oursAuroc']:.3f} against {found['peerAuroc']:.3f}"
+    what = f"decode to verdict, {found['data']}, against anomalib 2.7.0's PatchCore in OpenVINO, in turns"
+    return [(what, f"{times} ({found['ratioMin']:.1f} to {found['ratioMax']:.1f} over the rounds); {aurocs}")]
 
 
 def _accuracy_row(name: str, variants: dict[str, Any]) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from daemon.errors import DataError, UsageError
 from trainer import finetune as finetuning
+from trainer import tuning
 from trainer.backbone import Backbone, EfficientNetLite0, PatchFeatures
 from trainer.finetune import CLASSES, KINDS, Finetuned, Schedule, finetune
 
@@ -308,7 +309,7 @@ def test_depthwise_convolutions_are_computed_in_float32():
 
 
 def test_a_processor_without_bf16_computes_in_float32(monkeypatch):
-    monkeypatch.setattr(finetuning.ov, "Core", type("Core", (), {"get_property": lambda *_: ["FP32"]}))
+    monkeypatch.setattr(tuning.ov, "Core", type("Core", (), {"get_property": lambda *_: ["FP32"]}))
     assert np.isfinite(run().loss_last)
     assert not finetuning._Classifier(tiny(), 8, 0).has_bf16
 
