@@ -167,6 +167,14 @@ def _figure(found: dict[str, Any], key: str) -> str:
     return f"{value['mean']:.{digits}f}{spread}"
 
 
+def transport_table() -> str:
+    """p50 and p99 of each way and size, from transport.json."""
+    rows = json.loads((RESULTS / "transport.json").read_text())["rows"]
+    lines = ["| frame | by | p50 ms | p99 ms |", "|---|---|---|---|"]
+    lines += [f"| {row['size']} | {row['kind']} | {row['p50Ms']:.2f} | {row['p99Ms']:.2f} |" for row in rows]
+    return "\n".join(lines)
+
+
 def put(text: str, mark: str, block: str) -> str:
     """The page with what stands between a mark's begin and end replaced."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
@@ -194,6 +202,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/accuracy.md", "noise"): noise_table(),
         ("docs/accuracy.md", "choice"): choice_table(),
         ("docs/accuracy.md", "limit"): limit_table(),
+        ("docs/performance.md", "transport"): transport_table(),
     }
     stale = []
     for (name, mark), block in blocks.items():
