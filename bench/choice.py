@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from bench.accuracy import ELPV, halve, write_elpv
 from bench.record import RESULTS, origin, write_result
 from daemon.bundle import Preprocessing
-from trainer import choose, dataset
+from trainer import choose, dataset, grid
 from trainer.backbone import Backbone, load_backbone
 from trainer.dataset import Picture, Splits
 from trainer.export import EngineNetwork
@@ -97,7 +97,7 @@ def judge(
     size = dataset.network_size(splits.train, long_side)
     preprocessing = Preprocessing(size=size, mean=backbone.mean, std=backbone.std)
     network = FeatureNetwork(EngineNetwork(backbone, view), preprocessing, _THREADS)
-    banked = choose.GridBank(
+    banked = grid.GridBank(
         network, (read_pixels(picture, preprocessing) for picture in splits.train),
         coresets=sorted({each.coreset for each in settings}), neighbours=sorted({each.k for each in settings}),
         threads=_THREADS, seed=seed,
@@ -106,7 +106,7 @@ def judge(
     defective = np.array([is_defective for _, is_defective in labelled])
     pictures = (read_pixels(Picture(path, (0, 0), ""), preprocessing) for path, _ in labelled)
     truth = Truth(defective[:, None], np.arange(len(defective)))
-    scores = banked.score(pictures, choose.sampled_map(size), truth)
+    scores = banked.score(pictures, grid.sampled_map(size), truth)
     return {each: auroc(scores.maps(each).max(1), defective) for each in settings}
 
 

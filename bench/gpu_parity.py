@@ -12,11 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from daemon.inspection.backend.search import SHARED_BYTES, from_ordered, pad_bank, split
 from daemon.inspection.backend.tables import banded, resampling, smoothing_operator
 from tests import reference
 
-BLOCK_QUERIES, BLOCK_ROWS, STEP, STAGES = 128, 128, 32, 3
-SHARED_BYTES = STAGES * (BLOCK_QUERIES + BLOCK_ROWS) * STEP * 2
 KINDS = ("mono8", "mono16", "rgb8", "bgr8", "bayerrg8")
 MEAN, STD = (120.0, 125.0, 130.0), (60.0, 62.0, 64.0)
 Array = npt.NDArray[Any]
@@ -55,13 +54,8 @@ class Bank:
 
     def __init__(self, device: Device, core: Array, density: Array) -> None:
         self.device, (self.n, self.d) = device, core.shape
-        self.rows, self.padded = -(-self.n // BLOCK_ROWS) * BLOCK_ROWS, -(-self.d // STEP) * STEP
-        rounded = np.zeros((self.rows, self.padded), np.float16)
-        rounded[: self.n, : self.d] = core
-        bias = np.full(self.rows, -3e38, np.float32)
-        for start in range(0, self.n, 8192):  # in pieces: float64 of a large bank is gigabytes
-            part = slice(start, min(start + 8192, self.n))
-            bias[part] = -0.5 * np.square(rounded[part].astype(np.float64)).sum(1)
+        rounded, bias = pad_bank(core)
+        self.rows, self.padded = rounded.shape
         self.bank, self.bias = device.put(rounded), device.put(bias)
         self.core, self.density = device.put(core.astype(np.float32)), device.put(density.astype(np.float32))
 
@@ -77,9 +71,7 @@ class Search:
         self.keys = device.put(np.full(self.m, 2**63, np.uint64))
         self.scores = device.put(np.full(self.m, np.nan, np.float32))
         self.winners = device.put(np.full(self.m, -7, np.int32))
-        down, tiles = -(-self.m // BLOCK_QUERIES), bank.rows // BLOCK_ROWS
-        self.tiles_a_split = -(-tiles // max(1, min(tiles, 2 * device.multiprocessors // down)))
-        self.grid = (down, -(-tiles // self.tiles_a_split))
+        self.grid, self.tiles_a_split = split(self.m, bank.rows, device.multiprocessors)
 
     def run(self) -> None:
         bank, launch = self.bank, self.bank.device.launch
@@ -205,8 +197,7 @@ def check_postprocess(device: Device, grid: tuple[int, int], size: tuple[int, in
     )  # fmt: skip
     values = device.get(found)
     bits = np.unpackbits(device.get(mask).view(np.uint8), axis=1, bitorder="little")[:, : size[1]].astype(bool)
-    ordered = int(device.get(score)[0])
-    top = np.array([ordered ^ 0x80000000 if ordered >> 31 else ~ordered & 0xFFFFFFFF], np.uint32).view(np.float32)[0]
+    top = from_ordered(int(device.get(score)[0]))
     name = f"postprocess {grid} -> {size}"
     return [
         Check(f"{name}: map", float(np.abs(values - wanted).max()), 1e-4 * float(np.abs(wanted).max())),

@@ -13,7 +13,7 @@ import torch
 from examples.parts import render_part
 from tests.toys import tiny_backbone
 from trainer import choose as choosing
-from trainer import features
+from trainer import features, grid
 from trainer.choose import FEWEST, Trial, Wishes, choose, in_words, nominal_ms
 from trainer.dataset import Picture, Splits
 from trainer.merit import Merit, Truth, find_merit
@@ -88,7 +88,7 @@ def test_nested_search_finds_the_nearest_of_each_limit(limits):
     generator = torch.Generator().manual_seed(0)
     queries, core = torch.randn(30, 6, generator=generator), torch.randn(40, 6, generator=generator)
     queries[:10] = core[:10]  # distance 0
-    found = choosing._nested_nearest(queries, core, core.square().sum(1) / -2, limits)
+    found = grid._nested_nearest(queries, core, core.square().sum(1) / -2, limits)
     assert list(found) == limits
     for limit, (nearest, distance) in found.items():
         wanted = (queries[:, None].double() - core[None, :limit].double()).square().sum(2).min(1)
@@ -164,7 +164,7 @@ def scores(plain, corrected):
     good_then_bad = np.r_[np.zeros(20, bool), np.ones(20, bool)]
     column = [np.asarray(values, np.float32)[:, None] for values in (plain, np.subtract(plain, corrected))]
     truth = Truth(good_then_bad[:, None], np.r_[np.arange(20), np.arange(20)])
-    return choosing.GridScores({100: column[0]}, {(100, 1): column[1]}, truth)
+    return grid.GridScores({100: column[0]}, {(100, 1): column[1]}, truth)
 
 
 def take(plain, corrected):
@@ -219,7 +219,7 @@ def test_setting_that_ranks_images_worse_is_not_taken_for_its_pixels():
 
 def test_settings_of_two_input_sizes_are_compared():
     small, large = scores(MIXED, SEPARATE), scores(SEPARATE, SEPARATE)
-    large = choosing.GridScores(
+    large = grid.GridScores(
         {100: np.repeat(large.distance[100], 4, axis=1)},
         {},
         Truth(np.repeat(large.truth.mask, 4, 1), large.truth.source),

@@ -87,9 +87,9 @@ def test_fine_layers_stay_by_default():
 
 
 def test_it_learns_to_outline():
-    before, after = (run(Schedule(steps=steps), backbone_lr=5e-3, freeze_below=1) for steps in (1, 120))
+    before, after = (run(Schedule(steps=steps), backbone_lr=5e-3, freeze_below=1) for steps in (1, 300))
     assert before.accuracy < 0.1
-    assert after.accuracy > 0.2  # nothing outlined, or everything, is 0
+    assert after.accuracy > 0.4  # nothing outlined, or everything, is 0
     assert after.loss_last < 0.8 * after.loss_first
 
 

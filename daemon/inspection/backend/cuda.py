@@ -23,18 +23,15 @@ import numpy.typing as npt
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
+from daemon.inspection.backend import search
 from daemon.inspection.backend.cubin import load_kernels
 from daemon.inspection.backend.graph import Graph
 from daemon.inspection.backend.plan import Networks, import_tensorrt
+from daemon.inspection.backend.search import from_ordered
 from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, smoothing_operator
 from daemon.inspection.tensors import load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 
-# ldknn.cu's own: queries and bank rows of a block, its copies under way, channels are padded to a multiple of STEP.
-_BLOCK_QUERIES, _BLOCK_ROWS, _STAGES, _STEP = 128, 128, 3, 32
-_SHARED_BYTES = _STAGES * (_BLOCK_QUERIES + _BLOCK_ROWS) * _STEP * 2
-_BLOCKS_A_MULTIPROCESSOR = 2
-_NO_ROW = np.float32(-3e38)  # the bias of rows that only fill the last block
 _MOST_SIZES = 4  # of frames that are kept ready
 _LONGEST_SIDE = 32_768  # pixels; the tables of a longer one take longer than a frame may hang
 _RECORDING = threading.Lock()
@@ -94,7 +91,7 @@ class CudaBackend:
         words = -(-w // 32)
         self._map, self._mask, self._score = (self._cuda.mem_alloc(size) for size in (4 * h * w, 4 * h * words, 4))
         self._found_map: FloatArray = self._page_locked((h, w), np.float32)
-        self._found_mask: npt.NDArray[np.uint32] = self._page_locked((h, words), np.uint32)
+        self._found_score: npt.NDArray[np.uint32] = self._page_locked((1,), np.uint32)
 
     # Opening
 
@@ -106,14 +103,10 @@ class CudaBackend:
             raise BundleError(
                 f"{bundle.folder}: found {channels} channels in the bank, {self._networks.channels} in the networks"
             )
-        self._rows, self._padded = _up_to(rows, _BLOCK_ROWS), _up_to(channels, _STEP)
-        rounded = np.zeros((self._rows, self._padded), np.float16)
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused in the next line
-            rounded[:rows, :channels] = bank["core"]
+        rounded, bias = search.pad_bank(bank["core"])
+        self._rows, self._padded = rounded.shape
         if not np.isfinite(rounded).all():
             raise DeviceError(f"{bundle.folder}: features of the bank are beyond FP16 (65504); use backend.kind cpu")
-        bias = np.full(self._rows, _NO_ROW, np.float32)
-        bias[:rows] = -0.5 * np.square(rounded[:rows].astype(np.float64)).sum(1)
         self._bank_rows = rows
         self._alpha = np.float32(bundle.manifest.alpha)
         uploads: dict[str, npt.NDArray[Any]] = {
@@ -130,12 +123,10 @@ class CudaBackend:
             "winners": 4 * patches,
         }
         self._buffers |= {name: self._cuda.mem_alloc(size) for name, size in sizes.items()}
-        down = -(-patches // _BLOCK_QUERIES)
         attribute = self._cuda.device_attribute.MULTIPROCESSOR_COUNT
-        blocks = _BLOCKS_A_MULTIPROCESSOR * self._device.get_attribute(attribute)
-        tiles = self._rows // _BLOCK_ROWS
-        self._tiles_a_split = -(-tiles // max(1, min(tiles, blocks // down)))
-        self._search_blocks = (down, -(-tiles // self._tiles_a_split))
+        self._search_blocks, self._tiles_a_split = search.split(
+            patches, self._rows, self._device.get_attribute(attribute)
+        )
 
     # A frame
 
@@ -146,11 +137,14 @@ class CudaBackend:
             np.copyto(size.host, pixels)
             size.graph.launch()
             self._stream.synchronize()
-        return AnomalyMap(self._found_map, pixels.shape[:2], float(self._found_map.max())), Timings()
+        return AnomalyMap(self._found_map, pixels.shape[:2], from_ordered(int(self._found_score[0]))), Timings()
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """Tap: where the last map reached the limit, (h w); the lowest limit where there are several products."""
-        bits = np.unpackbits(self._found_mask.view(np.uint8), axis=1, bitorder="little")
+        words = np.empty((self._hw[0], -(-self._hw[1] // 32)), np.uint32)
+        with self._current(), _as_device_error():
+            self._cuda.memcpy_dtoh(words, self._mask)
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
         return bits[:, : self._hw[1]].astype(bool)
 
     def tap(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -216,7 +210,7 @@ class CudaBackend:
             self._map, self._mask, self._score, self._limit, self._grid[1], h, w,
         )  # fmt: skip
         self._cuda.memcpy_dtoh_async(self._found_map, self._map, self._stream)
-        self._cuda.memcpy_dtoh_async(self._found_mask, self._mask, self._stream)
+        self._cuda.memcpy_dtoh_async(self._found_score, self._score, self._stream)
 
     def _search(self) -> None:
         b, patches = self._buffers, self._grid[0] * self._grid[1]
@@ -228,7 +222,7 @@ class CudaBackend:
         self._launch(
             "ldknn_search", self._search_blocks, threads,
             b["queries"], b["bank"], b["bias"], b["keys"], patches, self._rows, self._padded, self._tiles_a_split,
-            shared_bytes=_SHARED_BYTES,
+            shared_bytes=search.SHARED_BYTES,
         )  # fmt: skip
         self._launch(
             "ldknn_finish", (-(-patches // 8), 1), threads,
@@ -295,10 +289,6 @@ class _Size:
         self.tables = backend.upload_tables(self.frame_hw)
         self.host[...] = pixels
         self.graph = backend.record(self)
-
-
-def _up_to(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 @contextmanager
