@@ -8,6 +8,8 @@ train/good. The limit needs good images that the bank has not seen, so the good 
 one half calibrates, the other half is tested with all defects. The select split is drawn from train/good.
 Three seeds, fixed beforehand. A run that is in the result file already, made with the same options and from the same
 sources, is not made again, so that the bench can be run in pieces; docs/accuracy.md is made of it by bench/tables.py.
+With --steps in place of --budget a run does not depend on the machine's speed, and no times are recorded: such runs
+may share a busy machine, several benches at once with an --out each, and --merge puts their files together.
 """
 
 from __future__ import annotations
@@ -60,10 +62,16 @@ VARIANTS: dict[str, list[str]] = {
 @click.option("--sets", default="", help="Names, comma separated; default: all in the folder, and ELPV's two.")
 @click.option("--variants", default="", help="Names, separated by a semicolon; default: all.")
 @click.option("--budget", type=float, default=2.0, show_default=True, help="Minutes, as of build_engines.py.")
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Of each training, in place of --budget.")
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--budget-ms", type=float, default=30.0, show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--out", default="accuracy.json", show_default=True, help="File name below bench/results.")
-def main(*, data: Path, sets: str, variants: str, budget: float, budget_ms: float, seeds: str, out: str) -> None:
+@click.option("--merge", multiple=True, help="Take in the runs of this file below bench/results first.")
+def main(
+    *, data: Path, sets: str, variants: str, budget: float, steps: int | None, threads: int, budget_ms: float,
+    seeds: str, out: str, merge: tuple[str, ...],
+) -> None:  # fmt: skip
     """Build and evaluate what is not in the result file yet, and write it after each run."""
     found = sorted(path.parent.name for path in data.glob("*/train") if (path / "good").is_dir())
     names = sets.split(",") if sets else [*found, *ELPV]
@@ -73,26 +81,39 @@ def main(*, data: Path, sets: str, variants: str, budget: float, budget_ms: floa
     ]
     if unknown:
         raise DataError(f"found {unknown}, wanted sets of {[*found, *ELPV]} and variants of {list(VARIANTS)}")
-    path = RESULTS / out
-    result: dict[str, Any] = {"runs": json.loads(path.read_text()).get("runs", {}) if path.exists() else {}}
-    for seed in map(int, seeds.split(",")):
+    result: dict[str, Any] = {"runs": {}}
+    for file in (out, *merge):
+        path = RESULTS / file
+        result["runs"] |= json.loads(path.read_text())["runs"] if path.exists() else {}
+    length = ["--budget", str(budget)] if steps is None else ["--steps", str(steps)]
+    for seed in map(int, seeds.split(",") if seeds else ()):
         for name in names:
             for variant in chosen:
-                given = ["--budget", str(budget), "--budget-ms", str(budget_ms)]
-                one(result, data, name, variant, seed=seed, budget=given, out=out)
+                given = [*length, "--budget-ms", str(budget_ms)]
+                one(result, data, name, variant, seed=seed, budget=given, out=out, threads=threads)
+    if merge:
+        write_result(out, {**about(), "protocol": __doc__, **result, "summary": summarise(result["runs"].values())})
 
 
-def one(result: dict[str, Any], data: Path, name: str, variant: str, *, seed: int, budget: list[str], out: str) -> None:
+def about() -> dict[str, Any]:
+    return origin("torch", "openvino", "numpy", "scikit-learn", "opencv-python-headless")
+
+
+def one(
+    result: dict[str, Any], data: Path, name: str, variant: str, *, seed: int, budget: list[str], out: str, threads: int
+) -> None:
     """One run, unless it is there; a fixed variant takes no budget."""
     options = VARIANTS[variant] + ([] if "--budget" in VARIANTS[variant] else budget)
     key = f"{name} | {variant} | {' '.join(options)} | seed {seed}"
     if key in result["runs"]:
         return
-    about = origin("torch", "openvino", "numpy", "scikit-learn", "opencv-python-headless")
-    run = one_run(data, name, options, seed)
-    result["runs"][key] = {"set": name, "variant": variant, "options": options, "seed": seed, **run, "origin": about}
+    made = about()
+    run = one_run(data, name, [*options, "--threads", str(threads)], seed)
+    if "--steps" in budget:
+        run |= {"buildSeconds": None, "msAFrame": None}
+    result["runs"][key] = {"set": name, "variant": variant, "options": options, "seed": seed, **run, "origin": made}
     result["summary"] = summarise(result["runs"].values())
-    write_result(out, {**about, "protocol": __doc__, **result})
+    write_result(out, {**made, "protocol": __doc__, **result})
     shown = {key: round(run[key], 4) for key in ("imageAuroc", "pixelAuroc", "buildSeconds", "msAFrame") if run[key]}
     print(key, shown, flush=True)
 
@@ -179,8 +200,8 @@ def summarise(runs: Any) -> dict[str, Any]:
     for (name, variant), members in sorted(groups.items()):
         figures = {}
         for key in (*_KEYS, "bound95", "buildSeconds", "msAFrame"):
-            values = [run[key] for run in members]
-            if None not in values:
+            values = [run[key] for run in members if run[key] is not None]
+            if values:
                 spread = stdev(values) if len(values) > 1 else None
                 figures[key] = {"mean": mean(values), "std": spread, "seeds": len(values)}
         summary.setdefault(name, {})[variant] = figures

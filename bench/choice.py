@@ -32,7 +32,6 @@ from trainer.features import FeatureNetwork, read_pixels
 from trainer.merit import Truth, auroc
 from trainer.settings import Settings, View
 
-_THREADS = 2
 _OUT = "choice.json"
 
 
@@ -40,7 +39,8 @@ _OUT = "choice.json"
 @click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--sets", default="", help="Names, comma separated; default: all in the folder, and ELPV's two.")
 @click.option("--seeds", default="0,1,2", show_default=True)
-def main(*, data: Path, sets: str, seeds: str) -> None:
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+def main(*, data: Path, sets: str, seeds: str, threads: int) -> None:
     """Choose, then judge the whole grid; written after each run."""
     names = sets.split(",") if sets else [*sorted(path.parent.name for path in data.glob("*/train")), *ELPV]
     path = RESULTS / _OUT
@@ -50,24 +50,24 @@ def main(*, data: Path, sets: str, seeds: str) -> None:
         for name in names:
             if f"{name} | seed {seed}" in runs:
                 continue
-            runs[f"{name} | seed {seed}"] = found = one_run(backbone, data, name, seed)
+            runs[f"{name} | seed {seed}"] = found = one_run(backbone, data, name, seed, threads)
             write_result(_OUT, {**origin("torch", "openvino", "numpy"), "protocol": __doc__, "runs": runs})
             shown = {key: found[key] for key in ("plain", "chosen", "bestAtInput", "best", "rankCorrelation")}
             print(name, seed, found["settings"], shown, flush=True)
 
 
-def one_run(backbone: Backbone, data: Path, name: str, seed: int) -> dict[str, Any]:
+def one_run(backbone: Backbone, data: Path, name: str, seed: int, threads: int) -> dict[str, Any]:
     """The trainer's choice, and the image AUROC on real defects of every setting that it tried."""
     with tempfile.TemporaryDirectory(prefix="inspectd-choice-") as temporary:
         place = Path(temporary)
         folder = write_elpv(place / name, name, seed) if name in ELPV else data / name
         calibration, tested = halve(folder, place, seed)
-        splits = dataset.split(folder / "train" / "good", None, calibration, _THREADS)
-        choice = choose.choose(backbone, splits, choose.Wishes(), threads=_THREADS, seed=seed, seconds=math.inf)
+        splits = dataset.split(folder / "train" / "good", None, calibration, threads)
+        choice = choose.choose(backbone, splits, choose.Wishes(), threads=threads, seed=seed, seconds=math.inf)
         real: dict[Settings, float] = {}
         for view in dict.fromkeys((trial.settings.long_side, trial.settings.view) for trial in choice.trials):
             of_view = [each.settings for each in choice.trials if (each.settings.long_side, each.settings.view) == view]
-            real |= judge(backbone, splits, tested, of_view, seed)
+            real |= judge(backbone, splits, tested, of_view, seed=seed, threads=threads)
     assert choice.plain is not None
     plain, at_input = choice.plain.settings, (choice.settings.long_side, choice.settings.view)
     merits = [trial.merit.value for trial in choice.trials]
@@ -90,17 +90,17 @@ def one_run(backbone: Backbone, data: Path, name: str, seed: int) -> dict[str, A
 
 
 def judge(
-    backbone: Backbone, splits: Splits, tested: Path, settings: list[Settings], seed: int
+    backbone: Backbone, splits: Splits, tested: Path, settings: list[Settings], *, seed: int, threads: int
 ) -> dict[Settings, float]:
     """Image AUROC of settings that share one view, the bank of all training images."""
     long_side, view = settings[0].long_side, View(**asdict(settings[0].view))
     size = dataset.network_size(splits.train, long_side)
     preprocessing = Preprocessing(size=size, mean=backbone.mean, std=backbone.std)
-    network = FeatureNetwork(EngineNetwork(backbone, view), preprocessing, _THREADS)
+    network = FeatureNetwork(EngineNetwork(backbone, view), preprocessing, threads)
     banked = grid.GridBank(
         network, (read_pixels(picture, preprocessing) for picture in splits.train),
         coresets=sorted({each.coreset for each in settings}), neighbours=sorted({each.k for each in settings}),
-        threads=_THREADS, seed=seed,
+        threads=threads, seed=seed,
     )  # fmt: skip
     labelled = [(path, kind.name != "good") for kind in sorted((tested / "test").iterdir()) for path in kind.iterdir()]
     defective = np.array([is_defective for _, is_defective in labelled])
