@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -165,10 +166,23 @@ def test_database_on_a_full_disk_goes_on_when_there_is_room(tmp_path: Path) -> N
     assert ledger.verify().faults == []
 
 
+def test_many_may_open_a_new_ledger_at_once(tmp_path: Path) -> None:
+    for folder in map(str, range(100)):
+        start = threading.Barrier(4, timeout=30)
+
+        def ledger(folder: str = folder, start: threading.Barrier = start) -> None:
+            start.wait()
+            Ledger(tmp_path / folder).close()
+
+        with ThreadPoolExecutor(4) as pool:
+            for opened in [pool.submit(ledger) for _ in range(4)]:
+                opened.result()
+
+
 def test_two_ledgers_that_fill_at_once_share_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "_BATCH", 7)
     write(tmp_path, *inspected(*range(150)))
-    start = threading.Barrier(2)
+    start = threading.Barrier(2, timeout=30)
     taken: list[int] = []
 
     def fill() -> None:

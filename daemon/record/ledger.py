@@ -18,6 +18,7 @@ from daemon.record.journal import Record, read_records, segments
 SEGMENT_DAYS = 2
 MAX_INTEGER = 2**63 - 1
 _BATCH = 5000
+_WAIT_S = 10.0  # for whoever else writes
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS parts (
     camera TEXT NOT NULL, epoch TEXT NOT NULL, seq INTEGER NOT NULL, seq_to INTEGER NOT NULL,
@@ -55,8 +56,8 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._db = sqlite3.connect(folder / "ledger.sqlite", timeout=10, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db = sqlite3.connect(folder / "ledger.sqlite", timeout=_WAIT_S, isolation_level=None)
+        _write_ahead(self._db)
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
 
@@ -199,6 +200,20 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switch to WAL. SQLite does not wait here: who switches while another does is told "locked" at once."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 class _Transaction:
