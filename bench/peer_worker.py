@@ -97,8 +97,8 @@ class Exported(torch.nn.Module):
         return found.pred_score, found.anomaly_map
 
 
-def export(model: Any, threads: int) -> tuple[Any, int]:
-    """(OpenVINO's request, its batch): anomalib's own graph; batch 1 where it can be traced, else 2."""
+def export(model: Any, threads: int, precisions: list[str]) -> tuple[dict[str, Any], int]:
+    """({precision: OpenVINO's request}, their batch): anomalib's own graph; batch 1 where it can be traced, else 2."""
     import openvino as ov
 
     for batch in (1, 2):
@@ -106,13 +106,15 @@ def export(model: Any, threads: int) -> tuple[Any, int]:
             converted = ov.convert_model(Exported(model).eval(), example_input=torch.zeros(batch, 3, 256, 256))
             converted.reshape([batch, 3, 256, 256])
             options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-            options["INFERENCE_PRECISION_HINT"] = "f32"
-            request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
-            request.infer([np.zeros((batch, 3, 256, 256), np.float32)])
+            requests = {}
+            for precision in precisions:
+                options["INFERENCE_PRECISION_HINT"] = precision
+                requests[precision] = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
+                requests[precision].infer([np.zeros((batch, 3, 256, 256), np.float32)])
         except Exception as error:  # whatever tracing and compiling raise
             print(f"peer: batch {batch}: {str(error)[:200]}", file=sys.stderr)
             continue
-        return request, batch
+        return requests, batch
     sys.exit("the peer's model cannot be exported")
 
 
@@ -137,7 +139,22 @@ def main() -> None:
     folder = Path(given["folder"])
     model = make_model(given["weights"])
     fit(model, sorted((folder / "train" / "good").iterdir()), given["rows"])
-    request, batch = export(model, given["threads"])
+    requests, batch = export(model, given["threads"], given["precisions"])
+    aurocs = {precision: score_all(request, batch, folder) for precision, request in requests.items()}
+    versions = {name: version(name) for name in ("anomalib", "torch", "openvino")}
+    print(json.dumps({"aurocs": aurocs, "versions": versions, "batch": batch}), flush=True)
+    frames = [Path(path).read_bytes() for path in given["frames"]]
+    for precision in sys.stdin:
+        request, spent = requests[precision.strip()], []
+        for start in range(0, len(frames) - batch + 1, batch):
+            began = time.perf_counter()
+            any(score >= 0.5 for score in infer(request, batch, frames[start : start + batch]))
+            spent.append(1000.0 * (time.perf_counter() - began) / batch)
+        print(json.dumps({"ms": median(spent)}), flush=True)
+
+
+def score_all(request: Any, batch: int, folder: Path) -> float:
+    """Image AUROC over the folder's test images."""
     scores: dict[bool, list[float]] = {True: [], False: []}
     for kind in sorted((folder / "test").iterdir()):
         data = [path.read_bytes() for path in sorted(kind.iterdir())]
@@ -145,16 +162,7 @@ def main() -> None:
             part = data[start : start + batch]
             found = infer(request, batch, part + part[-1:] * (batch - len(part)))
             scores[kind.name == "good"] += found[: len(part)]
-    versions = {name: version(name) for name in ("anomalib", "torch", "openvino")}
-    print(json.dumps({"auroc": auroc(scores[True], scores[False]), "versions": versions, "batch": batch}), flush=True)
-    frames = [Path(path).read_bytes() for path in given["frames"]]
-    for _ in sys.stdin:
-        spent = []
-        for start in range(0, len(frames) - batch + 1, batch):
-            began = time.perf_counter()
-            any(score >= 0.5 for score in infer(request, batch, frames[start : start + batch]))
-            spent.append(1000.0 * (time.perf_counter() - began) / batch)
-        print(json.dumps({"ms": median(spent)}), flush=True)
+    return auroc(scores[True], scores[False])
 
 
 if __name__ == "__main__":

@@ -350,7 +350,7 @@ def awkward_queries_tensor() -> Tensor:
 
 def taps(backend: CpuBackend, tensor: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Features (P C) and nearest rows (P,), copied: the backend's arrays are its own buffers."""
-    return backend.features(tensor).copy(), backend.nearest().copy()
+    return backend.features(tensor).copy(), backend.nearest()[0].copy()
 
 
 def pictures(shape: tuple[int, ...], dtype: Any) -> Iterator[NDArray[Any]]:

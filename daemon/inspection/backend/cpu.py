@@ -1,10 +1,7 @@
 """The CPU backend: OpenVINO for the networks and the search, OpenCV and NumPy for the rest.
 
-The search maximises q.m - |m|^2 / 2, which is the nearest row by squared L2, inside one OpenVINO graph,
-so that the score matrix (P M) never leaves it. The winner's distance is then taken again from the two
-vectors themselves in float32, so that no cancellation and no low precision enters the score.
-Precision bf16 is that of the search alone: it may pick a row that is as near to within bf16, while a
-network in bf16 shifts every feature and does not reproduce the golden frames (docs/decisions.md).
+Precision bf16 is that of the search alone (nearest.py): a network in bf16 shifts every feature and does not reproduce
+the golden frames (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -14,12 +11,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import openvino as ov
-from openvino import opset13 as ops
 
 from daemon.bundle import NETWORKS, Bundle, Preprocessing
 from daemon.errors import DeviceError
+from daemon.inspection.backend.nearest import NearestRows, Rows
 from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
 from daemon.inspection.tensors import check_outputs, load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor, Timings
@@ -42,8 +38,6 @@ class CpuBackend:
         bank = load_bank(bundle) if "ldknn" in self._branches else None
         self._network, self._search = _compile(bundle, bank, precision, threads)
         if bank is not None:
-            self._core = bank["core"]
-            self._winners = np.empty((manifest.grid[0] * manifest.grid[1], self._core.shape[1]), np.float32)
             self._alpha_density = np.float32(manifest.alpha) * bank["density"]
         sigma = manifest.fusion.smoothingSigma
         self._rows = smoothing_operator(manifest.preprocessing.size[0], manifest.grid[0], sigma)
@@ -73,30 +67,22 @@ class CpuBackend:
         features: FloatArray = self._network.get_output_tensor(0).data
         return features
 
-    def nearest(self) -> npt.NDArray[np.int32]:
-        """Tap: for each patch of the last `features` the index (P,) of its nearest bank row."""
-        try:
-            self._search.infer()
-        except RuntimeError as error:
-            raise DeviceError(f"OpenVINO failed: {error}") from error
-        rows: npt.NDArray[np.int32] = self._search.get_output_tensor(0).data.reshape(-1)
-        return rows
+    def nearest(self) -> tuple[Rows, FloatArray]:
+        """Tap: for each patch of the last `features` its nearest bank row (P,) and the squared distance to it (P,)."""
+        assert self._search is not None
+        return self._search.find()
 
     def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
         """The branches' raw outputs; None for a branch that the bundle does not have."""
-        features = self.features(tensor)
+        self.features(tensor)
         repaired = None
         if "repair" in self._branches:
             repaired = Repaired(self._network.get_output_tensor(1).data)
-        if "ldknn" not in self._branches:
+        if self._search is None:
             return repaired, None
-        nearest = self.nearest()
-        # The indices come from the search over this very bank; `clip` only spares NumPy a buffer.
-        difference = np.take(self._core, nearest, axis=0, out=self._winners, mode="clip")
-        np.subtract(features, difference, out=difference)
-        distance_sq = np.einsum("pc,pc->p", difference, difference)
+        rows, distance_sq = self._search.find()
         # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
-        return repaired, PatchScores(distance_sq - self._alpha_density[nearest])
+        return repaired, PatchScores(distance_sq - self._alpha_density[rows])
 
     def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
         """Standardise, combine, upsample and smooth to (h w); the score is the map's maximum."""
@@ -150,8 +136,10 @@ def resize(pixels: PixelArray, height: int, width: int) -> PixelArray:
     return pixels
 
 
-def _compile(bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str, threads: int) -> tuple[Any, Any]:
-    """Requests of the networks (f32) and of the search in the bank, if any, which reads their output in place."""
+def _compile(
+    bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str, threads: int
+) -> tuple[Any, NearestRows | None]:
+    """A request of the networks (f32), and the search in the bank, if any. Raises DeviceError, BundleError."""
     core = ov.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise DeviceError("precision bf16: this processor has no bf16 instructions; set backend.precision to f32")
@@ -161,21 +149,9 @@ def _compile(bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str,
         network = core.compile_model(model, "CPU", _options("f32", threads)).create_infer_request()
         if bank is None:
             return network, None
-        search_model = _search_model(tuple(model.output(0).shape), bank)
-        search = core.compile_model(search_model, "CPU", _options(precision, threads)).create_infer_request()
-        search.set_input_tensor(network.get_output_tensor(0))
+        return network, NearestRows(bank, network.get_output_tensor(0), _options(precision, threads))
     except RuntimeError as error:
         raise DeviceError(f"OpenVINO cannot prepare this engine: {error}") from error
-    return network, search
-
-
-def _search_model(shape: tuple[int, ...], bank: dict[str, FloatArray]) -> Any:
-    """features (P C) -> index of the nearest row (P 1)."""
-    features = ops.parameter(list(shape), np.float32)
-    product = ops.matmul(features, ops.constant(np.ascontiguousarray(bank["core"].T)), False, False)
-    similarity = ops.add(product, ops.constant(bank["bias"][None, :]))
-    winner = ops.topk(similarity, ops.constant(1), 1, "max", "none")
-    return ov.Model([ops.result(winner.output(1))], [features], "search")
 
 
 def _options(precision: str, threads: int) -> dict[str, Any]:
