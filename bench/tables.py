@@ -178,6 +178,20 @@ def transport_table() -> str:
     return "\n".join(lines)
 
 
+def search_table() -> str:
+    """The forms of the search by bank rows, from scale.json."""
+    found = json.loads((RESULTS / "scale.json").read_text())["search"]
+    forms = list(found[0]["ms"])
+    lines = [f"| rows | {' | '.join(f'{form}: ms; nearest row found; worst excess' for form in forms)} |"]
+    lines.append("|---" * (len(forms) + 1) + "|")
+    for each in found:
+        cells = [
+            f"{each['ms'][form]:.1f}; {each['found'][form]:.1%}; {each['worstExcess'][form]:.1%}" for form in forms
+        ]
+        lines.append(f"| {each['rows']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def put(text: str, mark: str, block: str) -> str:
     """The page with what stands between a mark's begin and end replaced."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
@@ -206,6 +220,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/accuracy.md", "choice"): choice_table(),
         ("docs/accuracy.md", "limit"): limit_table(),
         ("docs/performance.md", "transport"): transport_table(),
+        ("docs/performance.md", "search"): search_table(),
     }
     stale = []
     for (name, mark), block in blocks.items():

@@ -37,15 +37,10 @@ def search(bank: dict[str, Array], queries: Array, precision: str) -> tuple[Any,
     return NearestRows(bank, ov.Tensor(queries, shared_memory=True), options).find()
 
 
-@pytest.fixture(params=["f32 whole", "f32 in blocks", "bf16"])
+@pytest.fixture(params=["f32", "bf16"])
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The three searches; bf16 by float32 where the processor has none, so that its blocks are tested everywhere."""
-    kind = str(request.param)
-    if kind == "bf16" and BF16:
-        return kind
-    if kind != "f32 whole":
-        monkeypatch.setattr(nearest, "_whole", nearest._in_blocks)
-    return "f32"
+    """Both searches; where the processor has no bf16, OpenVINO computes the second one in float32."""
+    return str(request.param)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 511, 512, 513, 1300, 4000])
@@ -55,17 +50,19 @@ def test_row_is_the_nearest_or_as_near_as_the_precision_tells(precision: str, ro
     found, distance_sq = search(bank, queries, precision)
     table = reference.distances_sq(queries, bank["core"])
     patches, best = np.arange(PATCHES), table.argmin(1)
-    # Of a similarity q.m - |m|^2 / 2: both operands, the bias and the result are rounded, and in float32 each of the
-    # C sums as well. A squared distance is |q|^2 minus twice that, and two rows are compared.
+    # In float32 a similarity q.m - |m|^2 / 2 has C + 4 roundings of at most |q|.|m| + |m|^2 / 2. In bf16 both operands
+    # of the centred product are rounded, and the result, which is minus half the squared distance; its pieces are not.
+    # A squared distance is twice that, and two rows are compared.
     core, q = bank["core"].astype(float), queries.astype(float)
-    if precision == "bf16":
+    if precision == "f32":
+        bound = 2 * (CHANNELS + 4) * UNIT["f32"] * (np.abs(q) @ np.abs(core).T + 0.5 * (core**2).sum(1))
+    else:
         q, core = q - core.mean(0), core - core.mean(0)
-    magnitude = np.abs(q) @ np.abs(core).T + 0.5 * (core**2).sum(1)
-    bound = 2 * (4 + (CHANNELS if precision == "f32" else 0)) * UNIT[precision] * magnitude
+        bound = 2 * UNIT["bf16"] * (2.01 * np.abs(q) @ np.abs(core).T + 0.51 * table) + 1e-5 * (q**2).sum(1)[:, None]
     excess = table[patches, found] - table[patches, best]
     assert (excess <= bound[patches, found] + bound[patches, best]).all()
     assert np.allclose(distance_sq, table[patches, found], rtol=(CHANNELS + 3) * UNIT["f32"])
-    assert (found == best).mean() > (0.99 if precision == "f32" else 0.97)
+    assert (found == best).mean() > (0.99 if precision == "f32" else 0.98)
 
 
 def test_rows_of_the_bank_find_themselves_in_every_block(precision: str) -> None:
@@ -76,15 +73,11 @@ def test_rows_of_the_bank_find_themselves_in_every_block(precision: str) -> None
     assert (distance_sq == 0).all()
 
 
-@pytest.mark.skipif(not BF16, reason="this processor has no bf16")
-def test_blocks_find_more_nearest_rows_in_bf16_than_one_product() -> None:
-    bank = bank_of(4000)
-    queries = queries_near(bank["core"])
-    best = reference.distances_sq(queries, bank["core"]).argmin(1)
-    in_blocks, _ = search(bank, queries, "bf16")
-    request = ov.Core().compile_model(nearest._whole(PATCHES, bank), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
-    whole = request([queries])[0].ravel()
-    assert (in_blocks != best).mean() < 0.5 * (whole != best).mean()
+def test_pieces_add_up_and_bf16_holds_each() -> None:
+    values = np.concatenate([np.random.default_rng(0).normal(0, 1e3, 500), [0.0, -1e-20, 3e38]]).astype(np.float32)
+    pieces = nearest._in_pieces(values)
+    assert np.array_equal(pieces.astype(np.float64).sum(1), values.astype(np.float64))
+    assert not (pieces.view(np.uint32) & 0xFFFF).any()
 
 
 def test_features_that_are_no_numbers_give_distances_that_are_none(precision: str) -> None:
