@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from daemon import __version__
-from daemon.config import load_config
+from daemon.config import Config, load_config
 from daemon.errors import InspectError, UsageError
 from daemon.keys import Role, make_peer, make_server_key, make_signing_key
 
@@ -184,6 +185,69 @@ _control("status", "State, engines and parts in flight of the running daemon.")
 _control("pause", "Refuse frames (PAUSED); the PLC sees the state and holds REJECT.")
 _control("resume", "Take frames in again.")
 _control("drain", "Refuse frames, give every part in flight its verdict, then end.")
+
+
+@cli.command()
+@CONFIG
+@click.argument("engine")
+@click.option("--shadow", type=click.IntRange(0), default=0, help="Live frames to judge with both engines before.")
+@click.option("--wait", "wait_s", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
+@click.option("--offline", is_flag=True, help="No daemon runs: verify the engine, and let the next start take it.")
+def activate(config_path: Path, engine: str, shadow: int, wait_s: float, offline: bool) -> None:  # noqa: FBT001
+    """Put ENGINE (NAME/VERSION) to work: loaded and proven beside the old one, it takes over between two frames."""
+    from daemon.shelf import parse_engine
+
+    name, version = parse_engine(engine)
+    config = load_config(config_path)
+    if offline:
+        _activate_offline(config, name, version)
+    else:
+        _swap(config, "activate", wait_s, engine=engine, shadow=shadow)
+
+
+@cli.command()
+@CONFIG
+@click.argument("name", required=False)
+@click.option("--wait", "wait_s", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
+@click.option("--offline", is_flag=True, help="No daemon runs: let the next start take the engine before.")
+def rollback(config_path: Path, name: str | None, wait_s: float, offline: bool) -> None:  # noqa: FBT001
+    """Go back to the engine that was at work before."""
+    from daemon.shelf import previous_version
+
+    config = load_config(config_path)
+    if offline:
+        products = sorted({camera.product for camera in config.cameras.values()})
+        if name is None and len(products) != 1:
+            raise UsageError(f"found no engine named, wanted one of {', '.join(products)}: inspectd rollback NAME")
+        name = name or products[0]
+        _activate_offline(config, name, previous_version(config.engines.dir, name))
+    else:
+        _swap(config, "rollback", wait_s, engine=name)
+
+
+def _swap(config: Config, command: str, wait_s: float, **fields: str | int | None) -> None:
+    from daemon.line.control import NoAnswerError, ask
+
+    address = config.control.bind
+    try:
+        ask(address, "status")  # nobody should wait ten minutes for a daemon that is not there
+    except NoAnswerError as error:
+        raise NoAnswerError(f"{error} Where none should run: --offline, and the next start takes the engine") from error
+    print(json.dumps(ask(address, command, round(1000 * wait_s), **fields), indent=1))
+
+
+def _activate_offline(config: Config, name: str, version: str) -> None:
+    from daemon.bundle import open_bundle
+    from daemon.keys import load_trusted
+    from daemon.line.control import NoAnswerError, ask
+    from daemon.shelf import put_to_work
+
+    with suppress(NoAnswerError):
+        ask(config.control.bind, "status", 500)
+        raise UsageError("a daemon runs with this configuration; leave --offline out, so that it takes the engine now")
+    bundle = open_bundle(config.engines.dir / name / version, load_trusted(config.security.keys / "trusted.yaml"))
+    put_to_work(config.engines.dir, name, version)
+    print(json.dumps({"ok": True, "engine": f"{name}/{version}", "digest": bundle.digest}, indent=1))
 
 
 def main() -> None:

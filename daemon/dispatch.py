@@ -42,6 +42,18 @@ class Announcer(Protocol):
     def verdict(self, header: Header, valid_ms: int) -> None: ...
 
 
+class Observer(Protocol):
+    """Who watches the engines at work while one is swapped for another. Called in the loop."""
+
+    def submitted(self, job: Job) -> None: ...
+
+    def inspected(self, product: str, done: Done) -> None: ...
+
+    def late(self, product: str, arrived_ns: int) -> None: ...
+
+    def decided(self, total_ms: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the camera is told."""
@@ -65,6 +77,7 @@ class Dispatcher:
     def __init__(self, config: Config, run: str, book: PartBook, records: Records, announcer: Announcer) -> None:
         self.engines: dict[str, Engine] = {}
         self.refuses: Refusal | None = None  # PAUSED or DRAINING
+        self.observer: Observer | None = None
         self.book = book
         self._config = config
         self._run = run
@@ -141,8 +154,21 @@ class Dispatcher:
             return Verdict(Outcome.REJECT, Reason.OVERLOAD)
         self._frames[key] = (frame, product)
         self._used_bytes += _cost(frame)
-        engine.submit(Job(key, frame, product, now_ns, now_ns + deadline_ns(camera.deadline_ms)))
+        job = Job(key, frame, product, now_ns, now_ns + deadline_ns(camera.deadline_ms))
+        engine.submit(job)
+        if self.observer is not None:
+            self.observer.submitted(job)
         return None
+
+    def replace(self, products: list[str], engine: Engine) -> None:
+        """Another engine for these products, between two frames: what waits moves over, in order."""
+        replaced = {self.engines[product] for product in products if product in self.engines} - {engine}
+        self.engines.update(dict.fromkeys(products, engine))
+        for old in replaced:
+            for job, is_late in old.take_waiting():
+                engine.submit(job)
+                if is_late:
+                    engine.postpone(job.key)
 
     def _supersede(self, key: PartKey) -> None:
         """The newest frame of a camera overtakes the one that still waits."""
@@ -184,7 +210,10 @@ class Dispatcher:
 
     def on_done(self, done: Done) -> None:
         """An engine has judged: the verdict, or the late score of a part that has one already."""
+        _, product = self._frames.get(done.key, (None, ""))
         frame = self._release(done.key)
+        if self.observer is not None:
+            self.observer.inspected(product, done)
         if not self._settle(done.key, done.verdict, frame) and frame is not None:
             self._announce_late(done, frame)
 
@@ -194,6 +223,8 @@ class Dispatcher:
             frame, product = self._frames.get(key, (None, ""))
             if product in self.engines:
                 self.engines[product].postpone(key)
+            if self.observer is not None:
+                self.observer.late(product, self.book.in_flight[key].arrived_ns)
             self._settle(key, Verdict(Outcome.REJECT, Reason.LATE), frame)
 
     def give_up(self, reason: Reason) -> None:
@@ -217,6 +248,8 @@ class Dispatcher:
         self._announcer.verdict(_permit_header(header, verdict), self._valid_ms(key.camera))
         # The total is taken as late as a message can carry it: behind the journal and the permit.
         total_ms = (monotonic_ns() - entry.arrived_ns) / 1e6
+        if self.observer is not None:
+            self.observer.decided(total_ms)
         verdict = replace(verdict, timings=replace(verdict.timings, total_ms=total_ms))
         header.update(capturedNs=entry.captured_ns, isSimulated=entry.is_simulated)
         self._announcer.result(encode_result(self._topic("result", key.camera), header, verdict))

@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from daemon.bundle import Bundle, current_bundle, open_bundle
 from daemon.config import Config
@@ -26,33 +27,44 @@ def open_engines(config: Config, metrics: Metrics, report: Callable[[Done], None
 
     Raises BundleError, ConfigError or DeviceError: a daemon never starts half configured.
     """
-    trusted = load_trusted(config.security.keys / "trusted.yaml")
     engines: dict[str, Engine] = {}
     for product in sorted({camera.product for camera in config.cameras.values()}):
-        bundle = open_bundle(current_bundle(config.engines.dir, product), trusted)
-        known = bundle.manifest.products
+        pipeline = open_engine(config, current_bundle(config.engines.dir, product))
+        known = pipeline.bundle.manifest.products
         if product not in known:
             raise ConfigError("cameras", [f"product {product!r}: its engine knows only {', '.join(known)}"])
-        engines.update(dict.fromkeys(known, Engine(_open_pipeline(bundle, config, metrics), report)))
+        tell_engine(metrics, pipeline.bundle)
+        engines.update(dict.fromkeys(known, Engine(pipeline, report)))
     return engines
 
 
-def _open_pipeline(bundle: Bundle, config: Config, metrics: Metrics) -> Pipeline:
+def open_engine(config: Config, folder: Path) -> Pipeline:
+    """Verify a bundle, open it as config says and replay its golden frames. Raises BundleError or DeviceError."""
+    bundle = open_bundle(folder, load_trusted(config.security.keys / "trusted.yaml"))
     opened = open_backend(bundle, config.backend.kind, config.backend.precision, config.backend.threads)
     results = config.results
     pictures = Pictures(mask=results.mask, heatmap=results.heatmap, frame_on_reject=results.frame_on_reject)
     pipeline = Pipeline(bundle, opened, pictures)
     deviation = check_golden(pipeline)
-    manifest = bundle.manifest
-    for name, product in manifest.products.items():
-        metrics.engine_info.labels(name, manifest.version, bundle.digest[:16]).set(1)
-        metrics.score_limit.labels(name).set(product.limit)
-    engine = f"{manifest.name}/{manifest.version}"
+    engine = f"{bundle.manifest.name}/{bundle.manifest.version}"
     share = round(100 * deviation)
     log.info(
         "engine=%s backend=%s precision=%s golden_deviation_percent=%d", engine, opened.name, opened.precision, share
     )
     return pipeline
+
+
+def tell_engine(metrics: Metrics, bundle: Bundle) -> None:
+    """The engine that judges now, in the metrics."""
+    for name, product in bundle.manifest.products.items():
+        metrics.engine_info.labels(name, bundle.manifest.version, bundle.digest[:16]).set(1)
+        metrics.score_limit.labels(name).set(product.limit)
+
+
+def forget_engine(metrics: Metrics, bundle: Bundle) -> None:
+    """It judges no more."""
+    for name in bundle.manifest.products:
+        metrics.engine_info.remove(name, bundle.manifest.version, bundle.digest[:16])
 
 
 def describe(config: Config, engines: dict[str, Engine]) -> Header:

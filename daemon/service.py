@@ -12,26 +12,30 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import zmq
 
-from daemon.config import Config, Input
+from daemon.config import Config
 from daemon.dispatch import Dispatcher, Records
-from daemon.errors import WireError
+from daemon.errors import UsageError, WireError
 from daemon.inspection.engine import DoneBox, Engine
 from daemon.keys import Keyring, load_keyring
-from daemon.line.control import decode_request
+from daemon.line.control import Request, decode_request
 from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
-from daemon.line.ports import Message, Ports, receive
-from daemon.line.wire import decode_frame, decode_header, encode_answer, encode_header
-from daemon.loading import calm_the_interpreter, describe, open_engines
+from daemon.line.ports import Ports, receive
+from daemon.line.wire import decode_header, encode_header
+from daemon.loading import calm_the_interpreter, describe, open_engine, open_engines
+from daemon.reception import Reception
 from daemon.record.journal import Journal, hold_alone, last_run
 from daemon.record.metrics import Metrics, serve_metrics
 from daemon.record.recorder import Recorder
 from daemon.records import replay, snapshot
+from daemon.swap import Swapper
 from daemon.types import Header, Reason, Refusal
 from daemon.writer import Writer
 
@@ -42,6 +46,7 @@ _MOST_WAIT_MS = 50  # the loop looks at hangs, watchdog and metrics at least thi
 _MOST_AT_ONCE = 16  # messages taken from one socket before the others are looked at
 _DRAIN_S = 30.0
 _LINGER_MS = 500
+_LOADING_S = 10.0  # for an engine that is just being loaded when the daemon ends
 
 
 class Service:
@@ -83,7 +88,8 @@ class Service:
             self._closers.append(serve_metrics(self._metrics, config.metrics.address))
         self._desk = PermitDesk(self.run_id, describe(config, engines), config.permits.heartbeat_ms)
         recovered = self._open_books(engines)
-        self._closers.append(lambda: [engine.stop(2) for engine in set(engines.values())])
+        self._closers.append(lambda: [engine.stop(2) for engine in set(self.dispatcher.engines.values())])
+        self._closers.append(lambda: self._swapper.stop(_LOADING_S))
         for engine in set(engines.values()):
             engine.start()
         calm_the_interpreter()
@@ -103,6 +109,10 @@ class Service:
         journal.begin(snapshot(book, self.run_id), time.time_ns())
         self._closers.append(journal.close)
         dispatcher.recover(pending)
+        self._reception = Reception(config, self._ports, dispatcher, self._metrics)
+        self._swapper = Swapper(
+            config.engines.dir, dispatcher, self._metrics, self._done, lambda folder: open_engine(config, folder)
+        )
         # Only from here on may a stop speak for parts in flight: those of the earlier run have their verdict.
         self.dispatcher = dispatcher
         writer = Writer(config, journal, recorder, self._metrics)
@@ -123,7 +133,7 @@ class Service:
             ports.results: self._serve_subscription,
             ports.permits: self._serve_permit,
             ports.control: self._serve_control,
-            **{socket: lambda socket=socket: self._serve_input(socket) for socket in ports.inputs},  # type: ignore[misc]
+            **{socket: partial(self._reception.serve, socket) for socket in ports.inputs},
         }
         for served in (*serve, self._done.fileno()):
             poller.register(served, zmq.POLLIN)
@@ -136,6 +146,7 @@ class Service:
             self.dispatcher.on_time(now_ns)
             for done in self._done.take():
                 self.dispatcher.on_done(done)
+            self._swap(now_ns)
             self._beat(now_ns)
             self._look_around(now_ns)
             if self._is_hung(now_ns):
@@ -161,36 +172,6 @@ class Service:
         if deadline_ns is not None:
             soonest_ns = min(soonest_ns, deadline_ns)
         return min(_MOST_WAIT_MS, max(0, -((now_ns - soonest_ns) // 1_000_000)))
-
-    def _serve_input(self, source: zmq.Socket[bytes]) -> bool:
-        routed = source.type == zmq.ROUTER
-        message = receive(source, routed=routed)
-        if message is None:
-            return False
-        answer = self._answer_frame(message, self._ports.inputs[source])
-        if routed:
-            source.send_multipart([message.identity, *answer], zmq.NOBLOCK)
-        return True
-
-    def _answer_frame(self, message: Message, endpoint: Input) -> list[bytes]:
-        line = self._config.line
-        try:
-            part = decode_frame(message.parts, self._ports.rings.read if endpoint.kind == "shm" else None)
-        except WireError as error:
-            log.warning("bad header: %s", error)
-            self._metrics.frames_refused.labels("unknown", Refusal.BAD_HEADER.value).inc()
-            return encode_answer(line, None, Refusal.BAD_HEADER.value, 0, str(error))
-        topic = f"frame/{part.line}/{part.camera}"
-        curve = endpoint.uses_curve
-        if not self._ports.doorman.admits(curve=curve, key=message.key, role="camera", topic=topic):
-            camera = part.camera if part.camera in self._config.cameras else "unknown"
-            self._metrics.frames_refused.labels(camera, Refusal.FORBIDDEN.value).inc()
-            return encode_answer(line, part.key, Refusal.FORBIDDEN.value, 0, f"this key may not speak on {topic}")
-        answer = self.dispatcher.on_frame(part, message.key)
-        refusal = answer.refusal.value if answer.refusal else None
-        # The size of a frame in shared memory is known only when it was read.
-        credit = self.dispatcher.credit(part.payload_bytes) if part.payload_bytes else 0
-        return encode_answer(line, part.key, refusal, credit, answer.detail)
 
     def _serve_zap(self) -> bool:
         self._ports.zap.serve()
@@ -222,13 +203,24 @@ class Service:
     def _serve_control(self) -> bool:
         parts = self._ports.control.recv_multipart(zmq.NOBLOCK)
         try:
-            answer = {"ok": True, **self._obey(decode_request(parts[1:]))}
-        except WireError as error:
+            answer = self._obey(decode_request(parts[1:]), parts[0])
+        except (WireError, UsageError) as error:
             answer = {"ok": False, "error": str(error)}
-        self._ports.control.send_multipart([parts[0], encode_header(answer)], zmq.NOBLOCK)
+        if answer is not None:
+            self._ports.control.send_multipart([parts[0], encode_header(answer)], zmq.NOBLOCK)
         return True
 
-    def _obey(self, command: str) -> Header:
+    def _obey(self, request: Request, client: bytes) -> Header | None:
+        """The answer, or None where the swapper will give it."""
+        command = request.command
+        if command in ("activate", "rollback"):
+            if self._drain_until_s is not None:
+                raise UsageError("the daemon is draining; activate after its restart, or with --offline")
+            if command == "activate":
+                self._swapper.activate(request.engine or "", request.shadow, client)
+            else:
+                self._swapper.roll_back(request.engine, client)
+            return None
         if command == "pause" and self._drain_until_s is None:
             self.dispatcher.refuses = Refusal.PAUSED
             self._set_state("PAUSED")
@@ -237,7 +229,17 @@ class Service:
             self._set_state("RUNNING")
         elif command == "drain":
             self._drain()
-        return self._status()
+        return {"ok": True, **self._status()}
+
+    def _swap(self, now_ns: int) -> None:
+        """Let a swap go on; bridges hear which engine judges, and whoever asked hears how it went."""
+        self._swapper.step(now_ns, self._config.backend.hang_ms)
+        if self._swapper.changed:
+            self._swapper.changed = False
+            self._send_permits(self._desk.born_again(describe(self._config, self.dispatcher.engines)))
+        for client, answer in self._swapper.answers():
+            with suppress(zmq.ZMQError):  # it has gone away
+                self._ports.control.send_multipart([client, encode_header(answer)], zmq.NOBLOCK)
 
     def _status(self) -> Header:
         engines = {
@@ -250,6 +252,7 @@ class Service:
             "line": self._config.line,
             "cameras": list(self._config.cameras),
             "engines": engines,
+            "swap": self._swapper.status(),
             "inFlight": len(self.dispatcher.book.in_flight),
             "queueBytes": self.dispatcher.used_bytes,
             "journalFault": self._journal.fault,
@@ -295,6 +298,7 @@ class Service:
         hang_ms = self._config.backend.hang_ms
         hung = [name for name, engine in self.dispatcher.engines.items() if engine.busy_ms(now_ns) > hang_ms]
         if hung:
+            self._swapper.on_hang(self.dispatcher.engines[hung[0]])
             log.critical(
                 "engine hung product=%s hang_ms=%d: the process ends and must be started again", hung[0], hang_ms
             )

@@ -74,7 +74,7 @@ class Site:
     def start(self, *, wait: bool = True) -> None:
         """Start the daemon; with `wait`, return when it says it is running."""
         self.write_config()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **self.environment}
+        environment = self.variables()
         with (self.folder / "log.txt").open("ab") as log:
             command = [*self.program, "run", "--config", str(self.folder / "config.yaml")]
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment, cwd=self.folder)
@@ -120,11 +120,14 @@ class Site:
             yield line
 
     def run_command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "daemon", *arguments]
         return subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=self.folder, timeout=120, check=False
+            command, capture_output=True, text=True, env=self.variables(), cwd=self.folder, timeout=120, check=False
         )
+
+    def variables(self) -> dict[str, str]:
+        """The environment of the daemon and of commands beside it."""
+        return {**os.environ, "PYTHONPATH": str(ROOT), **self.environment}
 
     def journal(self) -> list[dict[str, Any]]:
         """Every readable record of every segment."""

@@ -47,6 +47,10 @@ class DoneBox:
 
     def put(self, done: Done) -> None:
         self._done.append(done)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the loop look around, from any thread."""
         with suppress(BlockingIOError):  # the loop has thousands of bytes to wake up by already
             self._outside.send(b"\0")
 
@@ -99,6 +103,14 @@ class Engine:
     def oldest_late(self) -> PartKey | None:
         with self._lock:
             return next(iter(self._late), None)
+
+    def take_waiting(self) -> list[tuple[Job, bool]]:
+        """Everything that waits, in order, with whether it is late; for the engine that takes over."""
+        with self._lock:
+            taken = [(job, False) for job in self._fresh.values()] + [(job, True) for job in self._late.values()]
+            self._fresh.clear()
+            self._late.clear()
+        return taken
 
     def busy_ms(self, now_ns: int) -> float:
         """How long the frame at work has been at work; 0 when idle."""

@@ -1,7 +1,8 @@
-"""The control socket's words: a request is one JSON object {command}, the answer one {ok, ...}. ipc only."""
+"""The control socket's words: a request is one JSON object {command, ...}, the answer one {ok, ...}. ipc only."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -10,29 +11,48 @@ from daemon.errors import InspectError, UsageError, WireError
 from daemon.line.wire import decode_header, encode_header
 from daemon.types import Header
 
-COMMANDS = ("status", "pause", "resume", "drain")
+COMMANDS = ("status", "pause", "resume", "drain", "activate", "rollback")
+MOST_SHADOWED = 1_000_000
 
 
-def decode_request(parts: list[bytes]) -> str:
-    """The command of a request. Raises WireError."""
+@dataclass(frozen=True)
+class Request:
+    """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback."""
+
+    command: str
+    engine: str | None = None
+    shadow: int = 0  # live frames to compare before the swap
+
+
+def decode_request(parts: list[bytes]) -> Request:
+    """Raises WireError."""
     if len(parts) != 1:
         raise WireError(f"found {len(parts)} message parts, wanted one JSON object")
-    command = decode_header(parts[0]).get("command")
+    fields = decode_header(parts[0])
+    command, engine, shadow = fields.get("command"), fields.get("engine"), fields.get("shadow", 0)
     if command not in COMMANDS:
         raise WireError(f"found command {command!r}, wanted one of {', '.join(COMMANDS)}")
-    return str(command)
+    if not isinstance(engine, str) and not (engine is None and command != "activate"):
+        raise WireError(f"found engine {engine!r}, wanted text: NAME/VERSION to activate, NAME to roll back")
+    if type(shadow) is not int or not 0 <= shadow <= MOST_SHADOWED:
+        raise WireError(f"found shadow {shadow!r}, wanted a number of frames from 0 to {MOST_SHADOWED}")
+    return Request(str(command), engine, shadow)
 
 
-def ask(address: str, command: str, timeout_ms: int = 3000) -> Header:
-    """Send one command to a running daemon and give its answer. Raises InspectError when it does not answer."""
+class NoAnswerError(InspectError):
+    """Nobody answers on the control socket."""
+
+
+def ask(address: str, command: str, timeout_ms: int = 3000, **fields: Any) -> Header:
+    """Send one command to a running daemon and give its answer. Raises NoAnswerError, UsageError where it refuses."""
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
     try:
         socket.connect(address)
-        socket.send(encode_header({"command": command}))
+        socket.send(encode_header({"command": command, **fields}))
         if not socket.poll(timeout_ms):
-            raise InspectError(
+            raise NoAnswerError(
                 f"{address}: no answer within {timeout_ms} ms; is `inspectd run` running with this config?"
             )
         answer = decode_header(socket.recv())

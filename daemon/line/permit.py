@@ -56,7 +56,7 @@ class PermitDesk:
         if kind == "HELLO":
             self._bridges.setdefault(bridge, _Bridge(now_ns)).heard_ns = now_ns
             self._note_nonce(bridge, nonce)
-            return [(bridge, {"type": "BIRTH", "run": self._run, **self._birth, **self._echo(bridge)})]
+            return [self._tell_birth(bridge)]
         known = self._bridges.get(bridge)
         if known is None:
             return []
@@ -66,6 +66,11 @@ class PermitDesk:
         elif kind == "ACK" and header.get("run") == self._run:
             self._acknowledge(known, header)
         return []
+
+    def born_again(self, birth: Header) -> list[Outgoing]:
+        """The same run with other engines: every bridge hears it. Permits that were given stay."""
+        self._birth = birth
+        return [self._tell_birth(identity) for identity in self._bridges]
 
     def verdict(self, header: Header, valid_ms: int, now_ns: int) -> list[Outgoing]:
         """Announce a verdict to every bridge, and remember it until it is acknowledged or has expired."""
@@ -105,6 +110,9 @@ class PermitDesk:
 
     def quietest_s(self, now_ns: int) -> float:
         return max(((now_ns - bridge.heard_ns) / 1e9 for bridge in self._bridges.values()), default=0.0)
+
+    def _tell_birth(self, bridge: bytes) -> Outgoing:
+        return bridge, {"type": "BIRTH", "run": self._run, **self._birth, **self._echo(bridge)}
 
     def _resend(self, identity: bytes, now_ns: int) -> list[Outgoing]:
         bridge = self._bridges[identity]

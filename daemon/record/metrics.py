@@ -42,6 +42,8 @@ class Metrics:
         self.permit_lease_seconds = gauge("permit_lease_seconds", "Time since the quietest bridge was last heard.")
         self.engine_info = gauge("engine_info", "Engines in use; the value is 1.", "product", "version", "digest")
         self.score_limit = gauge("score_limit", "Scores at or above it are rejected.", "product")
+        self.engine_swaps = counter("engine_swaps_total", "Engines put to work while running.", "product", "result")
+        self.swap_p99_seconds = gauge("swap_p99_seconds", "p99 from arrival to verdict during the last swap.")
         self.auth_denied = counter("auth_denied_total", "Peers or messages denied.", "reason")
         self.journal_lag_seconds = gauge("journal_lag_seconds", "Time since the journal was last brought to disk.")
         self.journal_fault = gauge("journal_fault", "1 while the journal cannot be written.")

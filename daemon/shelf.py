@@ -1,0 +1,69 @@
+"""The engines on disk: engines/NAME/VERSION, and the links `current` and `previous` beside the versions.
+
+`current` is what a daemon starts with; `previous` is what `inspectd rollback` goes back to. A link is replaced by a
+rename, so that no reader finds it missing or half made.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from daemon.errors import BundleError, UsageError
+
+CURRENT, PREVIOUS = "current", "previous"
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
+
+
+def parse_engine(text: str) -> tuple[str, str]:
+    """'part/20261122T082148Z' -> (name, version). Raises UsageError."""
+    name, slash, version = text.partition("/")
+    if not (slash and _PLAIN.fullmatch(name) and _PLAIN.fullmatch(version)) or version in (CURRENT, PREVIOUS):
+        raise UsageError(f"found engine {text!r}, wanted NAME/VERSION as below the engines' folder")
+    return name, version
+
+
+def linked_version(engines: Path, name: str, link: str = CURRENT) -> str | None:
+    """The version that a link names; None where there is no such link."""
+    try:
+        return (engines / name / link).readlink().name
+    except OSError:
+        return None
+
+
+def previous_version(engines: Path, name: str) -> str:
+    """What rollback goes back to. Raises UsageError where there is nothing."""
+    previous = linked_version(engines, name, PREVIOUS)
+    if previous is None or previous == linked_version(engines, name):
+        raise UsageError(f"{engines / name}: no engine was active before this one; inspectd activate {name}/VERSION")
+    return previous
+
+
+def put_to_work(engines: Path, name: str, version: str) -> None:
+    """Point `current` to a version and `previous` to what was current. Raises BundleError where the disk refuses."""
+    before = linked_version(engines, name)
+    if before == version:
+        return
+    try:
+        # A crash between the two leaves a rollback without a target, never a start without an engine.
+        if before is not None:
+            _link(engines / name / PREVIOUS, before)
+        _link(engines / name / CURRENT, version)
+    except OSError as error:
+        raise BundleError(
+            f"{engines / name}: the link to the engine cannot be written: {error.strerror}; the daemon's user must own "
+            "this folder"
+        ) from error
+
+
+def _link(path: Path, target: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
