@@ -78,6 +78,12 @@ def describe(config: Config, engines: dict[str, Engine]) -> Header:
     }
 
 
+def name_engines(engines: dict[str, Engine]) -> Header:
+    """Version and digest by product, for the status."""
+    bundles = {name: engine.pipeline.bundle for name, engine in engines.items()}
+    return {name: {"version": bundle.manifest.version, "digest": bundle.digest} for name, bundle in bundles.items()}
+
+
 def calm_the_interpreter() -> None:
     """Keep the collector and the interpreter lock out of the way of deadlines, once everything is loaded."""
     gc.collect()

@@ -29,7 +29,7 @@ from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
 from daemon.line.ports import Ports, receive
 from daemon.line.wire import decode_header, encode_header
-from daemon.loading import calm_the_interpreter, describe, open_engine, open_engines
+from daemon.loading import calm_the_interpreter, describe, name_engines, open_engine, open_engines
 from daemon.reception import Reception
 from daemon.record.journal import Journal, hold_alone, last_run
 from daemon.record.metrics import Metrics, serve_metrics
@@ -242,16 +242,12 @@ class Service:
                 self._ports.control.send_multipart([client, encode_header(answer)], zmq.NOBLOCK)
 
     def _status(self) -> Header:
-        engines = {
-            name: {"version": engine.pipeline.bundle.manifest.version, "digest": engine.pipeline.bundle.digest}
-            for name, engine in self.dispatcher.engines.items()
-        }
         return {
-            "state": self._desk.state,
+            **self._desk.condition,
             "run": self.run_id,
             "line": self._config.line,
             "cameras": list(self._config.cameras),
-            "engines": engines,
+            "engines": name_engines(self.dispatcher.engines),
             "swap": self._swapper.status(),
             "inFlight": len(self.dispatcher.book.in_flight),
             "queueBytes": self.dispatcher.used_bytes,
@@ -269,7 +265,7 @@ class Service:
     def _beat(self, now_ns: int) -> None:
         """Heartbeats to the bridges, and the same state to subscribers: silence on either means trouble."""
         if now_ns >= self._desk.next_tick_ns():
-            health = {"v": 1, "run": self.run_id, "state": self._desk.state, "sentNs": time.time_ns()}
+            health = {"v": 1, "run": self.run_id, **self._desk.condition, "sentNs": time.time_ns()}
             self.result([f"health/{self._config.line}".encode(), encode_header(health)])
         self._send_permits(self._desk.tick(now_ns))
 
@@ -285,8 +281,8 @@ class Service:
     # -- watching, draining, stopping --------------------------------------------------------------
 
     def _look_around(self, now_ns: int) -> None:
-        if self._journal.is_full:
-            self._journal.begin(snapshot(self.dispatcher.book, self.run_id), time.time_ns())
+        self._journal.tend(lambda: snapshot(self.dispatcher.book, self.run_id), time.time_ns())
+        self._desk.degraded = "JOURNAL" if self._journal.fault is not None else None
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
         self._metrics.permits_unacked.set(self._desk.unacked)
         self._metrics.permit_lease_seconds.set(self._desk.quietest_s(now_ns))

@@ -194,7 +194,7 @@ def test_segment_is_appended_to_and_readable_by_owner_and_group_only(tmp_path: P
     assert path.stat().st_mode & 0o137 == 0
 
 
-def test_full_disk_is_told_once_and_the_next_record_is_written(
+def test_full_disk_is_told_once_and_what_waits_is_written_when_there_is_room(
     tmp_path: Path, disk: list[Any], logged: list[int]
 ) -> None:
     journal = opened(tmp_path, accept(1))
@@ -206,7 +206,7 @@ def test_full_disk_is_told_once_and_the_next_record_is_written(
     journal.write(accept(4))
     assert journal.fault is None
     assert logged == [logging.ERROR, logging.WARNING]
-    assert all_records(tmp_path) == [STATE, accept(1), accept(4)]
+    assert all_records(tmp_path) == [STATE, accept(1), accept(2), accept(3), accept(4)]
 
 
 def test_short_write_is_a_fault_and_the_next_record_stands_on_a_fresh_line(
@@ -220,7 +220,7 @@ def test_short_write_is_a_fault_and_the_next_record_stands_on_a_fresh_line(
     journal.write(accept(4))
     journal.write(accept(5))
     assert journal.fault is None
-    assert all_records(tmp_path) == [STATE, accept(1), accept(2), None, accept(4), accept(5)]
+    assert all_records(tmp_path) == [STATE, accept(1), accept(2), None, accept(3), accept(4), accept(5)]
 
 
 @given(
@@ -231,33 +231,43 @@ def test_short_write_is_a_fault_and_the_next_record_stands_on_a_fresh_line(
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_whatever_the_disk_does_what_was_written_whole_is_there_and_nothing_else(
-    plans: list[tuple[int, str, int]],
-) -> None:
+def test_whatever_the_disk_does_every_record_is_there_once_and_in_order(plans: list[tuple[int, str, int]]) -> None:
     real, seq = os.write, 0
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         journal = opened(Path(name))
-        tried, whole = [STATE], [STATE]
         for count, kind, most in plans:
-            group = [accept(seq + number) for number in range(count)]
-            seq += count
-            length = sum(len(encode_record(record)) for record in group)
             if kind == "full":
                 patch.setattr(journal_module.os, "write", _raise_full)
             elif kind == "short":
                 patch.setattr(journal_module.os, "write", lambda fd, data, most=most: real(fd, data[:most]))
             else:
                 patch.setattr(journal_module.os, "write", real)
-            journal.write(*group)
-            tried += group
-            if journal.fault is None and (kind == "ok" or most > length):
-                whole += group
+            journal.write(*(accept(seq + number) for number in range(count)))
+            seq += count
         patch.setattr(journal_module.os, "write", real)
-        journal.write(accept(seq))
+        journal.flush()
+        assert journal.fault is None
         found = [record for record in all_records(Path(name)) if record is not None]
-    assert [record for record in found if record in whole] == whole
-    assert found == [record for record in [*tried, accept(seq)] if record in found]
-    assert found[-1] == accept(seq)
+    assert found == [STATE, *(accept(number) for number in range(seq))]
+
+
+def test_what_waits_is_bounded_and_a_segment_that_lacks_records_is_followed_by_a_whole_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[int]
+) -> None:
+    monkeypatch.setattr(journal_module, "MOST_WAITING_BYTES", 10 * len(encode_record(accept(10))))
+    journal = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.os, "write", _raise_full)
+        for seq in range(10, 40):
+            journal.write(accept(seq))
+        assert journal._waiting_bytes <= journal_module.MOST_WAITING_BYTES
+        assert not journal.is_full  # no new segment on a full disk
+    assert logged.count(logging.CRITICAL) == 1
+    journal.flush()
+    assert all_records(tmp_path) == [STATE, *(accept(seq) for seq in range(30, 40))]
+    assert journal.is_full
+    journal.begin(STATE, 2)
+    assert not journal.is_full
 
 
 def _raise_full(_descriptor: int, _data: bytes) -> int:

@@ -89,7 +89,11 @@ def test_heartbeat_tells_the_state_each_interval() -> None:
     assert desk.next_tick_ns() == 100 * MS
     desk.state = "PAUSED"
     ((_, header),) = desk.tick(100 * MS)
-    assert header == {"type": "HEARTBEAT", "run": "r1", "state": "PAUSED", "nonce": "bridge-0"}
+    told = {"state": "PAUSED", "degraded": None}
+    assert header == {"type": "HEARTBEAT", "run": "r1", **told, "nonce": "bridge-0"}
+    desk.degraded = "JOURNAL"
+    ((_, header),) = desk.tick(200 * MS)
+    assert header["degraded"] == "JOURNAL"
 
 
 def test_desk_that_never_ran_says_so() -> None:

@@ -48,6 +48,12 @@ class PermitDesk:
         self._next_beat_ns = 0
         self._next_resend_ns = 0
         self.state = "STARTING"
+        self.degraded: str | None = None  # what is wrong while parts are judged all the same
+
+    @property
+    def condition(self) -> Header:
+        """What heartbeats, health messages and the status say of the daemon."""
+        return {"state": self.state, "degraded": self.degraded}
 
     def receive(self, bridge: bytes, header: Header, now_ns: int) -> list[Outgoing]:
         """HELLO opens a bridge (what it has not acknowledged stays due); PING and ACK of a stranger are ignored."""
@@ -93,7 +99,7 @@ class PermitDesk:
             outgoing = [item for identity in self._bridges for item in self._resend(identity, now_ns)]
         if now_ns >= self._next_beat_ns:
             self._next_beat_ns = now_ns + self._heartbeat_ns
-            beat = {"type": "HEARTBEAT", "run": self._run, "state": self.state}
+            beat = {"type": "HEARTBEAT", "run": self._run, **self.condition}
             outgoing += [(identity, {**beat, **self._echo(identity)}) for identity in self._bridges]
         return outgoing
 
@@ -161,6 +167,7 @@ class Lease:
         self._fresh_until_ns = 0
         self._permits: OrderedDict[PermitKey, Permit] = OrderedDict()
         self.state = "UNKNOWN"
+        self.degraded: str | None = None  # for the operator; permits are worth what they say
 
     def ping(self, nonce: str, now_ns: int) -> Header:
         """A PING with a nonce never used before; remember to send it now."""
@@ -187,14 +194,16 @@ class Lease:
         if run != self._run or self._run is None:
             return None
         if kind == "HEARTBEAT":
-            self._take_heartbeat(str(header.get("state")), sent_ns)
+            self._take_heartbeat(header, sent_ns)
             return None
         return self._take_verdict(header, sent_ns, now_ns) if kind == "VERDICT" else None
 
-    def _take_heartbeat(self, state: str, sent_ns: int | None) -> None:
+    def _take_heartbeat(self, header: Header, sent_ns: int | None) -> None:
         """Only the newest nonce speaks: a RUNNING that was held up must not undo a PAUSED that overtook it."""
         if sent_ns is None or sent_ns + self._lease_ns < self._fresh_until_ns:
             return
+        state, degraded = str(header.get("state")), header.get("degraded")
+        self.degraded = None if degraded is None else str(degraded)
         is_newer = sent_ns + self._lease_ns > self._fresh_until_ns
         if is_newer or state != "RUNNING":
             self.state = state

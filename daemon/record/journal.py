@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ log = logging.getLogger("inspectd.journal")
 
 Record = dict[str, Any]
 SEGMENT_BYTES = 64 << 20
+MOST_WAITING_BYTES = 64 << 20  # some 80 minutes of 50 parts a second
 _PATTERN = "journal-*.log"
 
 
@@ -36,7 +38,10 @@ class Journal:
         self._retired: list[int] = []
         self._written = 0
         self._torn = False
-        self.fault: str | None = None  # why records are being lost, None while all is well
+        self._waiting: deque[bytes] = deque()  # for room on the disk, one entry a call of `write`
+        self._waiting_bytes = 0
+        self._lacks = False  # records that were given up
+        self.fault: str | None = None  # why records wait, None while all is well
 
     def begin(self, state: Record, now_ns: int) -> None:
         """Start a new segment with the whole state; the old one is closed by the next `sync`."""
@@ -53,27 +58,56 @@ class Journal:
             return
         if self._descriptor >= 0:
             self._retired.append(self._descriptor)
-        self._descriptor, self._torn = descriptor, False
+        self._descriptor, self._torn, self._lacks = descriptor, False, False
         self.write(state)
         self._written = 0  # a large state must not make a new segment full at once
 
     @property
     def is_full(self) -> bool:
-        return self._written >= SEGMENT_BYTES
+        """Time for a new segment: this one is large, or it lacks records and a restart must not trust it."""
+        return self.fault is None and (self._written >= SEGMENT_BYTES or self._lacks)
 
     def write(self, *records: Record) -> None:
-        """Append the records in one write call. A full disk is told in `fault` and stops nothing."""
+        """Append the records in one write call. A full disk stops nothing: `fault` says so, and they wait in memory."""
         data = b"".join(encode_record(record) for record in records)
-        if self._torn:
-            data = b"\n" + data  # end the half record that the last failure left
-        try:
-            written = os.write(self._descriptor, data)
-            self._torn = written != len(data)
-            fault = f"wrote {written} of {len(data)} bytes" if self._torn else None
-        except OSError as error:
-            fault = error.strerror or str(error)
-        else:
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        self.flush()
+        while self._waiting_bytes > MOST_WAITING_BYTES:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            if not self._lacks:
+                log.critical("journal more than %d bytes wait for room: the oldest are lost", MOST_WAITING_BYTES)
+            self._lacks = True
+
+    def tend(self, state: Callable[[], Record], now_ns: int) -> None:
+        """Now and then: try again what waits, also on a line that stands still, or begin a new segment."""
+        if self.fault is not None:
+            self.flush()
+        elif self.is_full:
+            self.begin(state(), now_ns)
+
+    def flush(self) -> None:
+        """Write what waits, in order, each call's records in one write call, until the disk refuses."""
+        fault = None
+        while self._waiting and fault is None:
+            data = self._waiting[0]
+            lead = b"\n" if self._torn else b""  # ends the half record that the last failure left
+            try:
+                written = os.write(self._descriptor, lead + data)
+            except OSError as error:
+                fault = error.strerror or str(error)
+                continue
             self._written += written
+            done = max(0, written - len(lead))
+            if done == len(data):
+                self._waiting.popleft()
+                self._torn = False
+            else:
+                fault = f"wrote {written} of {len(lead) + len(data)} bytes"
+                done = data.rfind(b"\n", 0, done) + 1  # whole records must not be written twice
+                self._torn = written > len(lead) + done or (self._torn and written == 0)
+                self._waiting[0] = data[done:]
+            self._waiting_bytes -= done
         self._tell(fault)
 
     def _tell(self, fault: str | None) -> None:
@@ -94,6 +128,7 @@ class Journal:
 
     def close(self) -> None:
         if self._descriptor >= 0:
+            self.flush()
             self._retired.append(self._descriptor)
             self._descriptor = -1
         self.sync()
