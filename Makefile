@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test check format bench accuracy limits clean
+.PHONY: demo test check format bench accuracy limits clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,3 +40,57 @@ limits: .venv/.installed  ## make limits DATA=folder: does the limit keep its wo
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# As a service (docs/install.md). With DESTDIR, for packagers, no account is made and nothing is started.
+DESTDIR ?=
+PREFIX ?= /opt/inspectd
+# EXTRAS=gpu for an NVIDIA card; VENV_OPTIONS=--system-site-packages for a Jetson, whose TensorRT comes with JetPack.
+EXTRAS ?=
+VENV_OPTIONS ?=
+HOUSE = $(DESTDIR)$(PREFIX)
+UNITS = $(DESTDIR)/usr/lib/systemd/system
+STATE = $(DESTDIR)/var/lib/inspectd
+TO_PREFIX = sed 's|/opt/inspectd|$(PREFIX)|g'
+
+own-folder:
+	@test '$(notdir $(PREFIX))' = inspectd || { \
+		echo "PREFIX is $(PREFIX), wanted a folder of its own that is named inspectd: uninstall removes it" >&2; exit 64; }
+
+install: install-venv install-files  ## in /opt/inspectd, with an account of its own; starts nothing
+ifeq ($(DESTDIR),)
+	systemd-sysusers /usr/lib/sysusers.d/inspectd.conf
+	systemd-tmpfiles --create /usr/lib/tmpfiles.d/inspectd.conf
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+endif
+
+install-venv: own-folder
+	@case "$$(readlink -f "$$(command -v $(PYTHON))")" in /home/*|/root/*) \
+		echo "$(PYTHON) lies in a home folder, which the service cannot see; name another one: make install PYTHON=/usr/bin/python3" >&2; \
+		exit 64;; esac
+	umask 022 && $(PYTHON) -m venv $(VENV_OPTIONS) $(HOUSE)
+	umask 022 && $(HOUSE)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) '.$(if $(EXTRAS),[$(EXTRAS)])'
+ifneq ($(DESTDIR),)
+	grep -rlIZ '$(HOUSE)' $(HOUSE)/bin $(HOUSE)/pyvenv.cfg | xargs -0r sed -i 's|$(HOUSE)|$(PREFIX)|g'
+endif
+
+install-files: own-folder
+	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
+	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
+	$(TO_PREFIX) systemd/inspectd.service | install -m 0644 /dev/stdin $(UNITS)/inspectd.service
+	for name in nvidia jetson; do \
+		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
+	$(TO_PREFIX) docs/install.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/install.md
+	install -m 0644 systemd/inspectd.sysusers $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf
+	install -m 0644 systemd/inspectd.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
+	test -d $(STATE) || install -d -m 0750 $(STATE)
+	test -e $(STATE)/config.yaml || install -m 0644 config.yaml $(STATE)/config.yaml
+
+uninstall: own-folder  ## leaves the account, /var/lib/inspectd and what you put into /etc
+ifeq ($(DESTDIR),)
+	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service; fi
+endif
+	rm -f $(UNITS)/inspectd.service $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
+	rm -rf $(HOUSE)
+ifeq ($(DESTDIR),)
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+endif

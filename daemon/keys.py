@@ -4,7 +4,8 @@
     server.yaml    the daemon's CURVE pair, 0600       peers.yaml    [{name, publicKey, roles, topics}]
     NAME.peer.yaml one peer's CURVE pair and the server's public key, 0600: what is carried to that machine
 
-Secrets are written with 0600 from the first byte and refused when others can read them.
+Secrets are written with 0600 from the first byte and refused when others can read them. A service may get server.yaml
+as a systemd credential instead, which then comes before the folder's.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Keyring:
 
 def load_keyring(folder: Path) -> Keyring:
     """The server's pair and the peers. Raises ConfigError where one is missing, unreadable or open to others."""
-    server = _load(folder / "server.yaml", CurvePair, hint="make it with: inspectd keygen server", secret=True)
+    server = _load_server(folder)
     peers_file = folder / "peers.yaml"
     peers = (
         _load(peers_file, list[Peer], hint="make one with: inspectd keygen peer NAME") if peers_file.exists() else []
@@ -107,6 +108,20 @@ def load_keyring(folder: Path) -> Keyring:
     if twice:
         raise ConfigError(str(peers_file), twice)
     return Keyring(server, tuple(peers))
+
+
+def _load_server(folder: Path) -> CurvePair:
+    """The credential `server.yaml` where the service has one, else the folder's file."""
+    if credentials := os.environ.get("CREDENTIALS_DIRECTORY"):
+        try:
+            # Modes are not asked for: systemd gives the file to the service's user by an access list, which looks like
+            # a group's right, and lets nobody else into the folder.
+            return _load(Path(credentials) / "server.yaml", CurvePair)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    hint = "make it with: inspectd keygen server, or give the service the credential server.yaml"
+    return _load(folder / "server.yaml", CurvePair, hint=hint, secret=True)
 
 
 def load_trusted(path: Path) -> list[TrustedKey]:
