@@ -235,7 +235,7 @@ def soak(site: Site, pictures: list[Picture], options: Options) -> dict[str, Any
         **books,
         "injected": windows.counts(),
         "slowSubscribersThatLost": guests.subscribers_that_lost,
-        "deafBridgesCutOff": guests.bridges_cut_off,
+        "bridgesThatSaidHelloAgain": guests.bridges_born_again,
         "framesHeldUpHere": sum(run.held_up for run in runs),
         "faults": [*problems, *differences],
     }
@@ -421,7 +421,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 @click.option("--trusted", type=click.Path(path_type=Path), help="With --engine.  [default: keys/trusted.yaml]")
 @click.option("--faults", "intensity", type=click.FloatRange(0), default=1.0, help="How often, of the usual rates.")
 @click.option("--deaf-s", type=click.FloatRange(0.1), default=12.0, help="Most seconds that a guest does not read.")
-@click.option("--deadline-ms", type=click.IntRange(1), default=100)
+@click.option("--deadline-ms", type=click.IntRange(1), default=250, help="As config.yaml has it.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="For inference.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the schedule of faults.")
 @click.option("--sample-s", type=click.FloatRange(0, min_open=True), default=5.0)

@@ -123,7 +123,7 @@ class Guests:
         self._faults = faults
         self.problems: list[str] = []
         self.subscribers_that_lost = 0
-        self.bridges_cut_off = 0
+        self.bridges_born_again = 0
 
     def run(self, kind: str, start_ns: int) -> None:
         """Each fault when it is due, or as soon as the one before is over, until all are done or `ended` is set."""
@@ -137,7 +137,7 @@ class Guests:
 
     def _subscribe_slowly(self, fault: Fault) -> None:
         with _tight_context() as context:
-            socket = connect(context, zmq.SUB, self._site.addresses.results, self._site.peer())
+            socket = connect(context, zmq.SUB, self._site.addresses.results, self._site.peer(), immediate=True)
             for kind in ("result", "health"):
                 socket.subscribe(f"{kind}/{self._line}")
             with self._windows.during(fault.kind):
@@ -168,7 +168,7 @@ class Guests:
     def _be_a_deaf_bridge(self, fault: Fault) -> None:
         lease = Lease(self._site.config["permits"].get("lease_ms", 300))
         with _tight_context() as context:
-            socket = connect(context, zmq.DEALER, self._site.addresses.permits, self._site.peer())
+            socket = connect(context, zmq.DEALER, self._site.addresses.permits, self._site.peer(), immediate=True)
             with self._windows.during(fault.kind):
                 births = self._until_fresh(socket, lease)
                 until_s = time.monotonic() + fault.seconds
@@ -176,7 +176,7 @@ class Guests:
                     if fault.count % 2:
                         _say(socket, self._line, lease.ping(_nonce(), time.monotonic_ns()))
                 born_again = self._until_fresh(socket, lease)
-            self.bridges_cut_off += bool(born_again)
+            self.bridges_born_again += bool(born_again)
             if births is None or born_again is None:
                 self.problems.append(f"a bridge that stopped reading had no fresh lease within {PATIENCE_S:.0f} s")
 

@@ -20,7 +20,7 @@ from tests.bundles import make_bundle
 
 S = 1_000_000_000
 OPTIONS = soak.Options(
-    minutes=0.12, rate=50, cameras=4, intensity=40, deaf_s=1.5, deadline_ms=2000, threads=1, seed=0, sample_s=0.5
+    minutes=0.12, rate=50, cameras=4, intensity=40, deaf_s=1.5, deadline_ms=2000, threads=1, seed=7, sample_s=0.5
 )
 CAMERAS = ("cam1", "cam2", "cam3", "cam4")
 
@@ -50,12 +50,12 @@ def test_a_run_with_every_fault_ends_with_books_that_balance(soaked):
     assert found["accepted"] + found["missing"] == found["verdicts"]
     assert found["deadlineMissed"] >= found["deadlineMissedOutsideFaults"]
     assert min(found["injected"].values()) > 0, found["injected"]
-    assert found["deafBridgesCutOff"] > 0
+    assert found["bridgesThatSaidHelloAgain"] > 0
 
 
 def test_no_more_is_injected_than_was_planned(soaked):
     _, found, _ = soaked
-    planned = Counter(fault.kind for fault in schedule(0, 60 * OPTIONS.minutes, CAMERAS, 40, 1.5))
+    planned = Counter(fault.kind for fault in schedule(7, 60 * OPTIONS.minutes, CAMERAS, 40, 1.5))
     assert all(found["injected"][kind] <= planned[kind] for kind in RATES)
 
 
