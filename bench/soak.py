@@ -344,7 +344,7 @@ def report(
         "deadlineMissed": late,
         "deadlineMissedOutsideFaults": late_outside,
         "leftAfterDeadline": len(overruns_ms),
-        "leftAfterDeadlineByMs": max(overruns_ms, default=None),
+        "leftAfterDeadlineByMs": round(max(overruns_ms, default=0.0), 1),
         "shareOfPartsInsideFaults": round(inside / max(1, len(everything)), 3),
         "outcomes": dict(sorted(outcomes.items())),
         "p50Ms": percentile(everything, 50),
