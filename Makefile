@@ -4,7 +4,11 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
+<<<<<<< HEAD
 .PHONY: demo test check format bench accuracy limits clean install install-venv install-files uninstall own-folder
+=======
+.PHONY: demo test check format bench accuracy limits soak clean
+>>>>>>> b7a30dafc0d58825478e6c0925a3719e3b21245a
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,6 +41,10 @@ accuracy: .venv/.installed  ## make accuracy DATA=folder; what is missing in ben
 
 limits: .venv/.installed  ## make limits DATA=folder: does the limit keep its word; some 7 minutes
 	$(BIN)/python -m bench.limits --data $(DATA)
+
+MINUTES ?= 60
+soak: .venv/.installed  ## make soak MINUTES=60; full load with faults at random, the books, memory and times by minute
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

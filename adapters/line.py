@@ -67,10 +67,11 @@ class Line:
         self.state: str | None = None
         self.run: str | None = None
         self.lease = Lease(lease_ms)
+        self._addresses, self._keys, self._lease_ms = addresses, keys, lease_ms
         self._context: zmq.Context[Any] = zmq.Context()
         self._frames = connect(self._context, zmq.DEALER, addresses.frames, keys)
         self._results = connect(self._context, zmq.SUB, addresses.results, keys)
-        self._permits = connect(self._context, zmq.DEALER, addresses.permits, keys)
+        self._permits = connect(self._context, zmq.DEALER, addresses.permits, keys, immediate=True)
         for kind in ("result", "late", "health"):
             self._results.subscribe(f"{kind}/{self.line}")
         self._poller = zmq.Poller()
@@ -119,6 +120,27 @@ class Line:
                 self._take_all(socket)
             if time.monotonic_ns() >= until_ns:
                 return
+
+    def reopen_camera(self, epoch: str | None = None) -> None:
+        """The camera's cable is pulled and put in again: what had not left is lost, and so are answers under way.
+
+        With `epoch` it has started anew: the parts of before are the caller's to take, and none are known any more.
+        """
+        self._frames = self._reopened(self._frames, self._addresses.frames, immediate=False)
+        if epoch is not None:
+            self.epoch, self.parts = epoch, {}
+
+    def reopen_bridge(self) -> None:
+        """The bridge goes away and comes back knowing nothing: it must say HELLO again."""
+        self._permits = self._reopened(self._permits, self._addresses.permits, immediate=True)
+        self.lease = Lease(self._lease_ms)
+
+    def _reopened(self, socket: zmq.Socket[bytes], address: str, *, immediate: bool) -> zmq.Socket[bytes]:
+        self._poller.unregister(socket)
+        socket.close(linger=0)
+        again: zmq.Socket[bytes] = connect(self._context, zmq.DEALER, address, self._keys, immediate=immediate)
+        self._poller.register(again, zmq.POLLIN)
+        return again
 
     def close(self) -> None:
         for socket in (self._frames, self._results, self._permits):

@@ -358,6 +358,36 @@ def test_a_header_made_to_break_the_daemon_is_a_bad_frame(line):
     wait_for(line, lambda: any(h["reason"] == "BAD_FRAME" for h in line.foreign))
 
 
+def test_a_camera_that_connects_again_goes_on_in_its_stream(line):
+    settled(line, send(line, 0))
+    line.reopen_camera()
+    part = send(line, 2)
+    settled(line, part)
+    wait_for(line, lambda: part.answer is not None)
+    assert part.answer["status"] == "accepted"
+    assert [header["seq"] for header in line.foreign] == [1]
+
+
+def test_a_camera_that_starts_anew_has_no_gap_behind_it(line):
+    settled(line, send(line, 5))
+    line.reopen_camera(line.epoch + "-again")
+    assert line.parts == {}
+    settled(line, send(line, 0))
+    assert line.foreign == []
+
+
+def test_a_bridge_that_comes_back_believes_nothing_until_it_was_born_again(line):
+    part = send(line, 0)
+    settled(line, part)
+    line.reopen_bridge()
+    assert line.lease.needs_hello(time.monotonic_ns())
+    assert not line.lease.may_pass(line.camera, line.epoch, 0, time.monotonic_ns())
+    wait_for(line, lambda: line.lease.is_fresh(time.monotonic_ns()))
+    after = send(line, 1)
+    settled(line, after)
+    assert after.believed
+
+
 def test_a_push_sender_without_answers_gets_verdicts_all_the_same(site):
     with site.line("cam2") as line:
         context = zmq.Context()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from daemon.keys import Keyring, PeerFile, load_keyring, load_peer_file, make_pe
 from daemon.line import ports as ports_module
 from daemon.line.ports import MOST_PARTS, Message, Ports, receive
 from daemon.line.sockets import Bounds, Doorman, ZapGate, bind, connect, refuses_strangers
-from tests.daemons import tcp
+from tests.daemons import ROOT, tcp
 
 BOUNDS = Bounds(1 << 16)
 PATIENCE_S = 10.0  # never waited for where things are as they should be
@@ -317,6 +319,62 @@ def test_part_above_the_limit_is_not_taken(context: Any, tmp_path: Path) -> None
     client.send(b"x" * 1000)
     assert len(received(socket, routed=False).parts[0]) == 1000
     client.disable_monitor()
+
+
+# A process of its own, because libzmq's answer to a queue that outlived its connection is to abort.
+STALLED_PEER = """
+import sys, zmq
+from daemon.line import sockets
+sockets._HEARTBEAT_MS, sockets._HEARTBEAT_TIMEOUT_MS = 100, 300
+kind, immediate = getattr(zmq, sys.argv[1]), sys.argv[2] == "immediate"
+server, tight = zmq.Context(), zmq.Context()
+daemon = server.socket(zmq.XPUB if kind == zmq.SUB else zmq.ROUTER)
+daemon.set(zmq.HEARTBEAT_IVL, 100)
+daemon.set(zmq.HEARTBEAT_TIMEOUT, 300)
+port = daemon.bind_to_random_port("tcp://127.0.0.1")
+tight.setsockopt(zmq.RCVHWM, 1)
+tight.setsockopt(zmq.RCVBUF, 4096)
+peer = sockets.connect(tight, kind, f"tcp://127.0.0.1:{port}", None, immediate=immediate)
+monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+def happens(event):
+    while monitor.poll(10_000):
+        if int.from_bytes(monitor.recv_multipart()[0][:2], "little") == event:
+            return True
+    return False
+
+def introduce():
+    "Until the daemon's side can send to the peer; gives what goes before a message."
+    if kind == zmq.SUB:
+        peer.subscribe("")
+    while not daemon.poll(20):
+        peer.poll(20)
+        if kind == zmq.DEALER:
+            try:
+                peer.send(b"HELLO", zmq.NOBLOCK)
+            except zmq.Again:
+                pass
+    return daemon.recv_multipart()[:1] if kind == zmq.DEALER else []
+
+who = introduce()
+assert happens(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+for _ in range(500):
+    daemon.send_multipart([*who, bytes(1000)])
+assert happens(zmq.EVENT_DISCONNECTED), "a peer that does not read was not cut off"
+assert happens(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+who = introduce() if kind == zmq.DEALER else []
+while not (peer.poll(20) and peer.recv() == b"fresh"):
+    daemon.send_multipart([*who, b"fresh"])
+print("read again")
+"""
+
+
+@pytest.mark.parametrize("kind", ["SUB", "DEALER"])
+def test_peer_that_stopped_reading_and_was_cut_off_reads_again(kind: str) -> None:
+    command = [sys.executable, "-c", STALLED_PEER, kind, "immediate"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "read again\n"), done.stderr
 
 
 # --- all ports together

@@ -152,11 +152,17 @@ class Doorman:
 
 
 def connect(
-    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, keys: PeerFile | None
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, keys: PeerFile | None, *, immediate: bool = False
 ) -> zmq.Socket[bytes]:
-    """A client socket, with CURVE where keys are given; for cameras, subscribers, bridges and tools."""
+    """A client socket, with CURVE where keys are given; for cameras, subscribers, bridges and tools.
+
+    With `immediate` no queue outlives its connection: what is unread when it ends is lost, and nothing is sent while
+    there is none. A bridge wants that, and any peer that may stop reading for seconds: else libzmq (4.3.5, its issue
+    3937) aborts the process when it reads again, because the old connection's full queue wakes the new connection.
+    """
     socket = context.socket(kind)
     socket.linger = 0
+    socket.set(zmq.IMMEDIATE, immediate)
     if address.startswith("tcp://"):
         socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
