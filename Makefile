@@ -4,11 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-<<<<<<< HEAD
-.PHONY: demo test check format bench accuracy limits clean install install-venv install-files uninstall own-folder
-=======
-.PHONY: demo test check format bench accuracy limits soak clean
->>>>>>> b7a30dafc0d58825478e6c0925a3719e3b21245a
+.PHONY: demo test check format bench accuracy limits soak swaps clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,6 +41,9 @@ limits: .venv/.installed  ## make limits DATA=folder: does the limit keep its wo
 MINUTES ?= 60
 soak: .venv/.installed  ## make soak MINUTES=60; full load with faults at random, the books, memory and times by minute
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+swaps: .venv/.installed  ## 200 engine swaps under load; some 5 minutes
+	$(BIN)/python -m bench.swaps
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from daemon.line.permit import MOST_UNACKED, RESEND_MS, Lease, PermitDesk
+from daemon.line.permit import MOST_UNACKED, Lease, PermitDesk
 
 MS = 1_000_000
 BIRTH = {"cameras": ["cam1"], "products": ["part"], "engines": {"part": "digest"}, "limits": {"part": 1.5}}
@@ -103,14 +103,14 @@ def test_desk_that_never_ran_says_so() -> None:
     assert header["state"] == "STARTING"
 
 
-def test_unacknowledged_verdict_is_sent_again_with_the_newest_nonce_until_it_expires() -> None:
+def test_unacknowledged_verdict_is_sent_again_ever_more_rarely_with_the_newest_nonce_until_it_expires() -> None:
     desk = make_desk("r1", BRIDGE)
-    desk.verdict(judged(), 200, 0)
+    desk.verdict(judged(), 1600, 0)
     sent = []
-    for now_ms in range(1, 400):
+    for now_ms in range(1, 2500):
         desk.receive(BRIDGE, {"type": "PING", "nonce": f"n{now_ms}"}, now_ms * MS)
         sent += [(now_ms, h["nonce"]) for _, h in desk.tick(now_ms * MS) if h["type"] == "VERDICT"]
-    assert sent == [(RESEND_MS * k, f"n{RESEND_MS * k}") for k in (1, 2, 3)]
+    assert sent == [(now_ms, f"n{now_ms}") for now_ms in (50, 150, 350, 750, 1150, 1550)]
     assert desk.unacked == 0
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from daemon.types import Header
 
-RESEND_MS = 50
+RESEND_MS = 50  # the first time, then 100, 200, and 400 for good
+_MOST_DOUBLINGS = 3
 MOST_UNACKED = 1024  # a bridge that acknowledges nothing loses the oldest: they would expire anyway
 _FORGET_BRIDGE_MS = 10_000
 _MOST_NONCE_CHARACTERS = 128
@@ -25,6 +26,7 @@ class _Waiting:
     header: Header
     expires_ns: int
     sent_ns: int
+    times: int = 1
 
 
 @dataclass
@@ -126,8 +128,10 @@ class PermitDesk:
             del bridge.unacked[key]
         again = []
         for waiting in bridge.unacked.values():
-            if now_ns - waiting.sent_ns >= RESEND_MS * 1_000_000:
+            # Ever more rarely: where acknowledgements stay away under load, repetitions must not add to it.
+            if now_ns - waiting.sent_ns >= (RESEND_MS << min(waiting.times - 1, _MOST_DOUBLINGS)) * 1_000_000:
                 waiting.sent_ns = now_ns
+                waiting.times += 1
                 # The new nonce is younger than the verdict: what is left of its validity is counted from there.
                 left_ms = (waiting.expires_ns - now_ns) // 1_000_000
                 again.append((identity, {**waiting.header, "validMs": left_ms, **self._echo(identity)}))
