@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test check format bench accuracy limits clean
+.PHONY: demo test check format bench accuracy limits fuzz clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,6 +37,11 @@ accuracy: .venv/.installed  ## make accuracy DATA=folder; what is missing in ben
 
 limits: .venv/.installed  ## make limits DATA=folder: does the limit keep its word; some 7 minutes
 	$(BIN)/python -m bench.limits --data $(DATA)
+
+RUNS ?= 1000000
+fuzz: .venv/.installed  ## make fuzz RUNS=1000000; every parser under atheris, bench/results/fuzz.json; hours
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
