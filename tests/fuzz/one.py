@@ -13,7 +13,7 @@ from pathlib import Path
 import atheris
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-with atheris.instrument_imports(include=["daemon", "yaml"]):
+with atheris.instrument_imports(include=["daemon"]):
     from tests.fuzz.targets import TARGETS
 
 
