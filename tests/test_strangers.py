@@ -15,6 +15,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+import yaml
 import zmq
 
 from adapters.line import Line, disagreements
@@ -247,6 +248,73 @@ def test_flood_of_handshakes_with_a_wrong_key_costs_no_frame_and_few_lines(site,
         pump_until(line, lambda: denied(site, "UNKNOWN_KEY") >= before + 300)
     context.destroy(linger=0)
     assert site.log.count("denied reason=UNKNOWN_KEY") <= told + 3
+
+
+# --- inspectd doctor --peer
+
+
+def doctor(site: Site, peer: Path) -> tuple[int, str]:
+    done = site.run_command("doctor", "--config", str(site.folder / "config.yaml"), "--peer", str(peer))
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout
+
+
+def key_file(folder: Path, keys: PeerFile) -> Path:
+    path = folder / "asked.peer.yaml"
+    path.write_text(yaml.safe_dump(keys.model_dump()))
+    path.chmod(0o600)
+    return path
+
+
+def test_doctor_finds_a_good_peer_good_and_says_what_it_may(site):
+    code, said = doctor(site, site.folder / "keys/cam2.peer.yaml")
+    assert code == 0
+    assert "peer cam2 as camera: frame/test/cam2\n" in said
+    assert said.count("takes this key") == 3
+    assert "FAIL" not in said
+
+
+def test_doctor_names_the_wrong_server_key(site, tmp_path):
+    other = stranger_keys(site, tmp_path).publicKey
+    code, said = doctor(site, key_file(tmp_path, site.peer().model_copy(update={"serverKey": other})))
+    assert code == 78
+    assert f"serverKey is {other}, wanted {site.peer().serverKey}" in said
+    assert said.count("ends the handshake: the daemon there has another key than serverKey") == 3
+
+
+def test_doctor_names_the_key_that_is_not_in_the_list(site, tmp_path):
+    stranger = stranger_keys(site, tmp_path)
+    code, said = doctor(site, key_file(tmp_path, stranger))
+    assert code == 78
+    assert f"publicKey {stranger.publicKey} is not in" in said
+    assert said.count("does not know this key") == 3
+
+
+def test_doctor_sees_a_peer_that_was_made_after_the_daemons_start(site):
+    peers = site.folder / "keys/peers.yaml"
+    before = peers.read_bytes()
+    try:
+        code, said = doctor(site, make_peer(site.folder / "keys", "late", ["bridge"], ["permit/other"]))
+    finally:
+        peers.write_bytes(before)
+    assert code == 78
+    assert "FAIL  peer late as bridge: its topics allow none of permit/test" in said
+    assert said.count("reads peers.yaml at its start: restart it") == 3
+
+
+def test_doctor_sees_that_two_halves_are_not_one_pair(site, tmp_path):
+    mixed = site.peer().model_copy(update={"secretKey": stranger_keys(site, tmp_path).secretKey})
+    code, said = doctor(site, key_file(tmp_path, mixed))
+    assert code == 78
+    assert "its publicKey does not belong to its secretKey" in said
+
+
+def test_doctor_says_that_nobody_answers(tmp_path):
+    site = make_site(tmp_path)
+    site.write_config()
+    code, said = doctor(site, site.folder / "keys/line.peer.yaml")
+    assert code == 0
+    assert said.count("does not answer; is inspectd running") == 3
 
 
 # --- how denials are told

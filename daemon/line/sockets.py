@@ -189,6 +189,14 @@ def connect(
     context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, keys: PeerFile | None
 ) -> zmq.Socket[bytes]:
     """A client socket, with CURVE where keys are given; for cameras, subscribers, bridges and tools."""
+    socket = _client(context, kind, address, keys)
+    socket.connect(address)
+    return socket
+
+
+def _client(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, keys: PeerFile | None
+) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.linger = 0
     if address.startswith("tcp://"):
@@ -198,7 +206,6 @@ def connect(
         socket.curve_publickey = keys.publicKey.encode()
         socket.curve_secretkey = keys.secretKey.encode()
         socket.curve_serverkey = keys.serverKey.encode()
-    socket.connect(address)
     return socket
 
 
@@ -208,24 +215,26 @@ _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 def refuses_strangers(address: str) -> bool:
     """Whether the tcp socket at `address` turns away a peer without a key; asked over the wire itself.
 
-    Asked as each kind of client: a plain socket would refuse the wrong kind for its kind alone. A wildcard
-    address is asked on loopback. The caller need not serve ZAP meanwhile: libzmq itself refuses a peer that
-    does not speak CURVE.
+    Asked as each kind of client: a plain socket would refuse the wrong kind for its kind alone. The caller need
+    not serve ZAP meanwhile: libzmq itself refuses a peer that does not speak CURVE.
     """
-    return all(_refuses(address, kind) for kind in (zmq.DEALER, zmq.PUSH, zmq.SUB))
+    events = [handshake(address, kind, None) for kind in (zmq.DEALER, zmq.PUSH, zmq.SUB)]
+    return None not in events and zmq.EVENT_HANDSHAKE_SUCCEEDED not in events
 
 
-def _refuses(address: str, kind: int) -> bool:
+def handshake(address: str, kind: int, keys: PeerFile | None) -> int | None:
+    """How a client's handshake at the tcp socket `address` ended (a zmq.EVENT_...); None when nobody answered.
+
+    A wildcard address is asked on loopback.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stranger = context.socket(kind)
-    stranger.linger = 0
-    monitor = stranger.get_monitor_socket(_REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    client = _client(context, kind, address, keys)
+    monitor = client.get_monitor_socket(_REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     try:
-        stranger.connect(address.replace("tcp://*", "tcp://127.0.0.1").replace("tcp://0.0.0.0", "tcp://127.0.0.1"))
+        client.connect(address.replace("tcp://*", "tcp://127.0.0.1").replace("tcp://0.0.0.0", "tcp://127.0.0.1"))
         if not monitor.poll(_SELF_TEST_MS):
-            return False
-        event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
-        return event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+            return None
+        return int.from_bytes(monitor.recv_multipart()[0][:2], "little")
     finally:
-        stranger.disable_monitor()
+        client.disable_monitor()
         context.destroy(linger=0)  # closes the monitor's own socket too
