@@ -6,7 +6,7 @@ A small engine (128x128, 500 rows), frames of 128x128 at 50 a second through the
 eight of ten with a key that the daemon does not know, one without a key, one with the wrong server key, over all three
 sockets; and a camera's key that speaks as another camera ten times a second. The strangers are a process of their own
 that yields to the daemon (nice 10): on a line they are another machine. Milliseconds from the camera's send to the
-result's arrival, before, during and after, in one run. A client without a key often hangs up before the daemon knows why:
+result's arrival, before, during and after, in one run. A client without a key often hangs up before it is understood:
 NO_KEY counts the others. Ends with 1 where a part has not exactly one verdict. Writes bench/results/strangers.json.
 """
 
