@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import origin, write_result
-from tests.fuzz.targets import ROOT, TARGETS
+from tests.fuzz.targets import MEMORY, ROOT, TARGETS
 
 CRASHES = ROOT / "tests" / "fuzz" / "crashes"
 LIMITS = ("-rss_limit_mb=2048", "-timeout=25", "-print_final_stats=1")  # beyond them an input is a crash too
@@ -30,7 +30,7 @@ def fuzz(name: str, runs: int, seconds: int) -> dict[str, Any]:
     CRASHES.mkdir(exist_ok=True)
     before = set(CRASHES.iterdir())
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="inspectd-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="inspectd-fuzz-", dir=MEMORY) as folder:
         command = [sys.executable, "-m", "tests.fuzz.one", name, folder, f"-runs={runs}", f"-max_total_time={seconds}"]
         command += [*LIMITS, f"-artifact_prefix={CRASHES}/{name}-"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)

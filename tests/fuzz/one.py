@@ -14,7 +14,7 @@ import atheris
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 with atheris.instrument_imports(include=["daemon"]):
-    from tests.fuzz.targets import TARGETS
+    from tests.fuzz.targets import PLACE, TARGETS
 
 
 def escaped(word: str) -> str:
@@ -25,6 +25,7 @@ def main() -> None:
     logging.disable()  # a damaged journal is told each time, and there are a million
     name, place, *options = sys.argv[1:]
     target, folder = TARGETS[name], Path(place)
+    PLACE[0] = folder
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(target.seeds()):

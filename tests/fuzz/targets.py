@@ -71,11 +71,14 @@ class Target:
         return False
 
 
+MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+PLACE = [MEMORY]  # where `scratch` makes its folder
+
+
 @cache
 def scratch() -> Path:
-    """A folder in memory, for parsers that read files; gone with the process."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="inspectd-fuzz-", dir=memory if memory.is_dir() else None))
+    """A folder in memory, for parsers that read files; gone with the process (atheris ends without that: see PLACE)."""
+    folder = Path(tempfile.mkdtemp(prefix="inspectd-fuzz-", dir=PLACE[0]))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
