@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test check format bench accuracy limits soak swaps clean install install-venv install-files uninstall own-folder
+.PHONY: demo test check format bench accuracy limits soak swaps fuzz clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -44,6 +44,11 @@ soak: .venv/.installed  ## make soak MINUTES=60; full load with faults at random
 
 swaps: .venv/.installed  ## 200 engine swaps under load; some 5 minutes
 	$(BIN)/python -m bench.swaps
+
+RUNS ?= 1000000
+fuzz: .venv/.installed  ## make fuzz RUNS=1000000; every parser under atheris, bench/results/fuzz.json; hours
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

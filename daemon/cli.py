@@ -89,11 +89,14 @@ def check_config(config_path: Path) -> None:
 
 @cli.command()
 @CONFIG
-def doctor(config_path: Path) -> None:
+@click.option(
+    "--peer", type=click.Path(path_type=Path), help="A peer's key file: why is it refused? Asks the running daemon."
+)
+def doctor(config_path: Path, peer: Path | None) -> None:
     """Check the machine, the keys, the engines and the ports that a configuration needs."""
-    from daemon.doctor import examine
+    from daemon.doctor import examine, examine_peer
 
-    findings = examine(config_path)
+    findings = examine_peer(config_path, peer) if peer else examine(config_path)
     for finding in findings:
         print(finding)
     sys.exit(78 if any(finding.state == "FAIL" for finding in findings) else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -261,8 +262,25 @@ def _explain(fault: Any) -> str:
         return f"{path}: is missing; it has no default"
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{path}: found {found!r}: {message}" if isinstance(found, str) else f"{path}: {message}"
-    return f"{path}: found {found!r}: {message[:1].lower()}{message[1:]}"
+        return f"{path}: found {_SHORT.repr(found)}: {message}" if isinstance(found, str) else f"{path}: {message}"
+    return f"{path}: found {_SHORT.repr(found)}: {message[:1].lower()}{message[1:]}"
+
+
+class _Short(reprlib.Repr):
+    """A value as it was found, in short: YAML's aliases make values that would fill the memory when written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 200, 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes no number of more than 4,300 digits
+            return f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
 
 
 def _suggestion(location: list[Any]) -> str:

@@ -14,12 +14,13 @@ from typing import Literal
 import zmq
 
 from daemon.bundle import current_bundle, open_bundle
-from daemon.config import Config, load_config
+from daemon.config import Config, Endpoint, Input, load_config
 from daemon.errors import InspectError
 from daemon.inspection.backend import open_backend
 from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pipeline
-from daemon.keys import load_keyring, load_trusted
+from daemon.keys import Peer, PeerFile, load_keyring, load_peer_file, load_trusted
+from daemon.line.sockets import handshake
 
 State = Literal["ok", "WARN", "FAIL"]
 _MEMORY_NEEDED_GB = 2.0
@@ -46,6 +47,72 @@ def examine(config_path: Path) -> list[Finding]:
     for check in (_keys, _engines, _ports, _disk):
         findings += _guarded(check, config)
     return findings
+
+
+def examine_peer(config_path: Path, peer_file: Path) -> list[Finding]:
+    """Why the peer with this key file is refused, as far as its file, the key folder and the running daemon tell."""
+    try:
+        config, keys = load_config(config_path), load_peer_file(peer_file)
+        return [*_peer_keys(config, keys, peer_file), *_handshakes(config, keys)]
+    except InspectError as error:
+        return [Finding("FAIL", str(error))]
+
+
+def _peer_keys(config: Config, keys: PeerFile, source: Path) -> Iterator[Finding]:
+    folder = config.security.keys
+    keyring = load_keyring(folder)
+    if zmq.curve_public(keys.secretKey.encode()).decode() != keys.publicKey:
+        yield Finding("FAIL", f"{source}: its publicKey does not belong to its secretKey; was it put together by hand?")
+    if keys.serverKey == keyring.server.publicKey:
+        yield Finding("ok", f"{source}: serverKey is the public key of {folder / 'server.yaml'}")
+    else:
+        wanted = f"wanted {keyring.server.publicKey} as in {folder / 'server.yaml'}"
+        yield Finding("FAIL", f"{source}: serverKey is {keys.serverKey}, {wanted}; make a new file with keygen peer")
+    peer = keyring.peer(keys.publicKey)
+    if peer is None:
+        told = f"{source}: publicKey {keys.publicKey} is not in {folder / 'peers.yaml'}"
+        yield Finding("FAIL", f"{told}; make a new file with: inspectd keygen peer NAME --role ...")
+    else:
+        yield from _rights(config, peer)
+
+
+def _rights(config: Config, peer: Peer) -> Iterator[Finding]:
+    """What the peer may do on this line; a role whose topics fit nothing here is as good as none."""
+    topics = {
+        "camera": [f"frame/{config.line}/{name}" for name in config.cameras],
+        "subscriber": [f"{kind}/{config.line}/{name}" for kind in ("result", "late") for name in config.cameras],
+        "bridge": [f"permit/{config.line}"],
+    }
+    yield Finding("ok", f"peer {peer.name}: {', '.join(peer.roles)} on {', '.join(peer.topics)}")
+    for role in peer.roles:
+        allowed = [topic for topic in topics[role] if peer.may(role, topic)]
+        if allowed:
+            yield Finding("ok", f"peer {peer.name} as {role}: {', '.join(allowed)}")
+        else:
+            yield Finding("FAIL", f"peer {peer.name} as {role}: its topics allow none of {', '.join(topics[role])}")
+
+
+_KINDS = {"router": zmq.DEALER, "pull": zmq.PUSH, "results": zmq.SUB, "permits": zmq.DEALER}
+
+
+def _handshakes(config: Config, keys: PeerFile) -> Iterator[Finding]:
+    for path, endpoint in config.endpoints():
+        if endpoint.bind.startswith("tcp://"):
+            kind = _KINDS[endpoint.kind if isinstance(endpoint, Input) else path]
+            yield _handshake(f"{path}: {endpoint.bind}", endpoint, kind, keys)
+
+
+def _handshake(place: str, endpoint: Endpoint, kind: int, keys: PeerFile) -> Finding:
+    event = handshake(endpoint.bind, kind, keys)
+    if event is None:
+        return Finding("WARN", f"{place} does not answer; is inspectd running, and with this configuration?")
+    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        return Finding("ok", f"{place} takes this key")
+    if not endpoint.uses_curve:
+        return Finding("FAIL", f"{place} is plain: a peer connects there without keys")
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return Finding("FAIL", f"{place} does not know this key; the daemon reads peers.yaml at its start: restart it")
+    return Finding("FAIL", f"{place} ends the handshake: the daemon there has another key than serverKey")
 
 
 def _guarded(check: Callable[[Config], Iterator[Finding]], config: Config) -> list[Finding]:

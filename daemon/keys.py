@@ -14,6 +14,7 @@ import base64
 import binascii
 import os
 import stat
+import struct
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,14 +31,26 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from zmq.utils import z85
 
 from daemon.errors import ConfigError
 from daemon.yamlfile import YamlError, parse_yaml
 
 Role = Literal["camera", "subscriber", "bridge"]
 _Model = TypeVar("_Model")
-_Z85_KEY = Annotated[str, Field(min_length=40, max_length=40)]
+
+
+def _is_z85(key: str) -> str:
+    """libzmq takes no other key, and says no more than "Invalid argument"."""
+    try:
+        z85.decode(key)
+    except (ValueError, KeyError, struct.error):
+        raise ValueError("is not a key in Z85; was it changed or cut when it was copied?") from None
+    return key
+
+
+_Z85_KEY = Annotated[str, Field(min_length=40, max_length=40), AfterValidator(_is_z85)]
 
 
 class _Strict(BaseModel):

@@ -25,6 +25,7 @@ from daemon.errors import UsageError, WireError
 from daemon.inspection.engine import DoneBox, Engine
 from daemon.keys import Keyring, load_keyring
 from daemon.line.control import Request, decode_request
+from daemon.line.denials import Denials
 from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
 from daemon.line.ports import Ports, receive
@@ -56,6 +57,7 @@ class Service:
         self._config = config
         self.run_id = uuid4().hex
         self._metrics = Metrics()
+        self._denials = Denials(lambda reason: self._metrics.auth_denied.labels(reason).inc())
         self._done = DoneBox()
         self._drain_until_s: float | None = None
         self._closers: list[Callable[[], Any]] = []
@@ -81,8 +83,8 @@ class Service:
         keyring = self._keyring()
         engines = open_engines(config, self._metrics, self._done.put)
         self._closers.append(hold_alone(config.ledger.dir))
-        self._ports = Ports(config, keyring, lambda reason: self._metrics.auth_denied.labels(reason).inc())
-        self._closers.append(lambda: self._ports.close(_LINGER_MS))
+        self._ports = Ports(config, keyring, self._denials)
+        self._closers += [self._denials.close, lambda: self._ports.close(_LINGER_MS)]
         self._ports.prove_closed()
         if config.metrics is not None:
             self._closers.append(serve_metrics(self._metrics, config.metrics.address))
@@ -128,8 +130,8 @@ class Service:
 
     def _loop(self) -> int:
         ports, poller = self._ports, zmq.Poller()
-        serve: dict[Any, Callable[[], bool]] = {
-            ports.zap.socket: self._serve_zap,
+        serve: dict[Any, Callable[[], bool | None]] = {
+            **ports.doors(),
             ports.results: self._serve_subscription,
             ports.permits: self._serve_permit,
             ports.control: self._serve_control,
@@ -153,10 +155,10 @@ class Service:
                 return EXIT_HUNG
         return 0
 
-    def _serve_some(self, serve: Callable[[], bool]) -> None:
+    def _serve_some(self, serve: Callable[[], bool | None]) -> None:
         for _ in range(_MOST_AT_ONCE):
             try:
-                if not serve():
+                if serve() is False:
                     return
             except zmq.Again:
                 return
@@ -172,10 +174,6 @@ class Service:
         if deadline_ns is not None:
             soonest_ns = min(soonest_ns, deadline_ns)
         return min(_MOST_WAIT_MS, max(0, -((now_ns - soonest_ns) // 1_000_000)))
-
-    def _serve_zap(self) -> bool:
-        self._ports.zap.serve()
-        return True
 
     def _serve_subscription(self) -> bool:
         self._ports.serve_subscription()
@@ -215,7 +213,7 @@ class Service:
         command = request.command
         if command in ("activate", "rollback"):
             if self._drain_until_s is not None:
-                raise UsageError("the daemon is draining; activate after its restart, or with --offline")
+                raise UsageError("the daemon is draining; try again when it runs again")
             if command == "activate":
                 self._swapper.activate(request.engine or "", request.shadow, client)
             else:
@@ -283,6 +281,7 @@ class Service:
     def _look_around(self, now_ns: int) -> None:
         self._journal.tend(lambda: snapshot(self.dispatcher.book, self.run_id), time.time_ns())
         self._desk.degraded = "JOURNAL" if self._journal.fault is not None else None
+        self._denials.tick()
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
         self._metrics.permits_unacked.set(self._desk.unacked)
         self._metrics.permit_lease_seconds.set(self._desk.quietest_s(now_ns))

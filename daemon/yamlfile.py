@@ -42,6 +42,14 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "at its end"
         raise YamlError(f"is not YAML: {place}") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML lets what its constructors cannot make (a 13th month, !!int abc) through as it comes.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        # PyYAML lets what its constructors cannot make (a 13th month, !!int abc, !!bool maybe) through as it comes.
         raise YamlError(f"is not YAML ({type(error).__name__})") from None

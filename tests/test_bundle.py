@@ -644,6 +644,16 @@ def test_error_about_a_spoilt_key_file_is_a_configuration_error_and_prints_no_se
     assert not any(secret[start : start + 8] in str(caught.value) for start in range(len(secret) - 7))
 
 
+@pytest.mark.parametrize("character", [" ", "#", "é", "'"], ids=["blank", "too large", "not ASCII", "not in Z85"])
+def test_key_of_forty_characters_that_is_none_is_a_configuration_error(folder: Path, character: str) -> None:
+    """Else libzmq finds it when the sockets are opened, and says no more than "Invalid argument"."""
+    path = folder / "server.yaml"
+    fields = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**fields, "secretKey": character * 40}))
+    with pytest.raises(ConfigError, match=r"server\.yaml: secretKey: .*is not a key in Z85"):
+        keys.load_keyring(folder)
+
+
 def test_keys_in_hand_do_not_print_their_secrets(folder: Path) -> None:
     ring, carried = keys.load_keyring(folder), keys.load_peer_file(folder / "cam1.peer.yaml")
     assert ring.server.secretKey not in repr(ring)

@@ -456,11 +456,31 @@ def test_text_that_is_no_configuration_is_refused(text: str, told: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["2024-13-45", "9" * 5000, "!!int abc", "!!timestamp abc", "[" * 5000, "!!float abc"],
-    ids=["no such month", "too long a number", "no integer", "no time", "nested too deeply", "no float"],
-)
+    [
+        "2024-13-45", "9" * 5000, "!!int abc", "!!timestamp abc", "[" * 5000, "!!float abc", "!!bool maybe", "!!int ''",
+        "!!float ''", ":".join(["1"] * 250) + ".5",
+    ],
+    ids=[
+        "no such month", "too long a number", "no integer", "no time", "nested too deeply", "no float", "no switch",
+        "an empty integer", "an empty float", "hours beyond any float",
+    ],
+)  # fmt: skip
 def test_value_that_yaml_itself_cannot_make_is_a_configuration_error(value: str) -> None:
     assert problems(TEXT.replace("queue_mb: 256", f"queue_mb: {value}"))
+
+
+def test_number_too_long_to_be_written_is_refused_all_the_same() -> None:
+    """YAML reads it as hexadecimal, and Python does not write it in decimal."""
+    (problem,) = problems(TEXT.replace("queue_mb: 256", f"queue_mb: 0x{'f' * 4000}"))
+    assert problem.startswith("queue_mb: found a number of 16000 bits")
+
+
+def test_value_that_aliases_make_huge_is_told_in_short() -> None:
+    layers = [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    text = TEXT.replace("line: solar", f"line: [&a0 [x], {', '.join(layers)}]")
+    (problem,) = problems(text)
+    assert problem.startswith("line: found [")
+    assert len(problem) < 1000
 
 
 @pytest.mark.parametrize(

@@ -1078,3 +1078,19 @@ def test_frame_that_cannot_be_judged_in_time_steps_behind_one_that_can() -> None
         engine.submit(Job(PartKey("cam1", "e", seq), raw_frame(good_pixels(), seq=seq), "part", 0, deadline_ns))
     taken = [engine._next() for _ in range(4)]
     assert [job.key.seq for job in taken if job is not None] == [1, 3, 0, 2]
+
+
+def test_jpeg_whose_scans_would_hold_up_the_line_is_refused() -> None:
+    """66 kB of 16 megapixels, the last scan a hundred times over, took 5 s: longer than hang_ms, the daemon's end."""
+    progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
+    data = cv2.imencode(".jpg", np.zeros((40, 40), np.uint8), progressive)[1].tobytes()
+    scan = data[data.rfind(b"\xff\xda") : -2]
+    scans = data.count(b"\xff\xda")
+
+    def frame(more: int) -> RawFrame:
+        payload = memoryview(data[:-2] + scan * more + data[-2:])
+        return RawFrame("c", "e", 1, None, 1, "jpeg", (40, 40), "Mono8", None, payload)
+
+    assert decode(frame(0)).pixels.shape == (40, 40, 1)
+    with pytest.raises(FrameError, match=rf"the jpeg has {scans + 100} scans, at most 32 are decoded"):
+        decode(frame(100))

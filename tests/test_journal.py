@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,11 @@ def test_changed_line_end_costs_the_two_records_that_it_joins_and_no_other(tmp_p
 @given(st.binary(max_size=60).filter(lambda line: b"\n" not in line))
 def test_line_of_arbitrary_bytes_is_no_record(line: bytes) -> None:
     assert decode_record(line) is None
+
+
+def test_record_nested_beyond_reading_is_dropped() -> None:
+    body = b"[" * 100_000
+    assert decode_record(b"%08x %s" % (zlib.crc32(body), body)) is None
 
 
 @pytest.mark.parametrize("value", [[], 1, "text", None])

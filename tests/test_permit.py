@@ -388,6 +388,23 @@ def test_message_that_says_nothing_known_changes_nothing(header: Header) -> None
     assert passes(lease, 72)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"camera": None}, {"epoch": 5}, {"seq": "x"}, {"seq": 1e999}, {"seq": 1.0}, {"seq": True}, {"seq": None},
+        {"validMs": None}, {"validMs": [1]}, {"validMs": 1e999},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_verdict_on_no_part_or_for_no_time_is_neither_believed_nor_acknowledged(changes: Header) -> None:
+    """A bridge that ends on it would be a bridge that a single message stops."""
+    lease = running_lease()
+    assert lease.receive({**permit("n1"), **changes}, 70 * MS) is None
+    assert not passes(lease, 71)
+    assert lease.receive(permit("n1"), 72 * MS) is not None
+    assert passes(lease, 73)
+
+
 def test_before_the_birth_nothing_is_believed() -> None:
     lease = Lease()
     lease.hello("n0", 0)

@@ -51,6 +51,10 @@ class Keys:
     def __post_init__(self) -> None:
         make_server_key(self.folder)
 
+    def deny(self, reason: str, who: str) -> None:
+        assert "=" in who
+        self.denied.append(reason)
+
     def peer(self, name: str, *topics: str, role: Any = "subscriber") -> PeerFile:
         return load_peer_file(make_peer(self.folder, name, [role], list(topics) or ["*"]))
 
@@ -103,7 +107,7 @@ def knock(context: Any, address: str, keys: PeerFile | None) -> tuple[Any, Any]:
 
 
 def router(context: Any, keys: Keys) -> tuple[Any, ZapGate, str]:
-    gate = ZapGate(context, keys.ring, keys.denied.append)
+    gate = ZapGate(context, keys.ring, keys.deny)
     endpoint = Endpoint(bind=tcp())
     return bind(context, zmq.ROUTER, endpoint, keys.ring, BOUNDS), gate, endpoint.bind
 
@@ -194,7 +198,7 @@ def doorman(keys: Keys) -> tuple[Doorman, Callable[[str], str]]:
     keys.peer("cam1", "frame/test/cam1", role="camera")
     ring = keys.ring
     public = {peer.name: peer.publicKey for peer in ring.peers}
-    return Doorman(ring, keys.denied.append), lambda name: public.get(name, "x" * 40)
+    return Doorman(ring, keys.deny), lambda name: public.get(name, "x" * 40)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +223,7 @@ def test_peer_may_only_what_its_entry_says(
 def test_plain_endpoint_has_no_keys_to_ask_for(keys: Keys) -> None:
     door, _ = doorman(keys)
     assert door.admits(curve=False, key="", role="bridge")
-    assert not Doorman(None, keys.denied.append).admits(curve=True, key="", role="bridge")
+    assert not Doorman(None, keys.deny).admits(curve=True, key="", role="bridge")
 
 
 # --- binding
@@ -400,7 +404,7 @@ def opened(keys: Keys, tmp_path: Path) -> Iterator[Callable[..., Ports]]:
     everything: list[Ports] = []
 
     def open_ports(**changes: Any) -> Ports:
-        everything.append(Ports(make_config(tmp_path, **changes), keys.ring, keys.denied.append))
+        everything.append(Ports(make_config(tmp_path, **changes), keys.ring, keys.deny))
         return everything[-1]
 
     yield open_ports
@@ -451,9 +455,9 @@ def test_port_in_use_closes_what_was_open_before_it(keys: Keys, tmp_path: Path) 
     blocking = blocker.socket(zmq.ROUTER)
     blocking.bind(config.permits.bind)
     with pytest.raises(ConfigError, match="another process holds it"):
-        Ports(config, keys.ring, keys.denied.append)
+        Ports(config, keys.ring, keys.deny)
     blocker.destroy(linger=0)
-    Ports(config, keys.ring, keys.denied.append).close(0)
+    Ports(config, keys.ring, keys.deny).close(0)
 
 
 def test_open_port_is_shouted_about(opened: Callable[..., Ports], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,6 +554,42 @@ def test_noise_upstream_of_the_results_is_no_subscription(
     peer = keys.peer("dashboard")
     line = listening()
     socket = connect(context, zmq.XSUB, line.ports._config.results.bind, peer)
-    for noise in ([b""], [b"\x02result"], [b"x" * 1000], [b"\xff\xfe", b"\x02more"], [b"\x01end"]):
+    for noise in ([b""], [b"\x02result"], [b"x" * 1000], [b"\xff\xfe", b"\x02more"]):
         socket.send_multipart(noise)
+    line.serve(lambda: keys.denied.count("NO_SUBSCRIPTION") == 5 or None)
+    socket.send(b"\x01end")
     assert line.heard(socket, "result/test/cam1") == []
+
+
+def test_peer_that_may_not_hear_cannot_take_over_anothers_subscription(
+    keys: Keys, context: Any, listening: Callable[[], Listening]
+) -> None:
+    """libzmq takes a message that is no subscription for one, and the next request for the one after it."""
+
+    def in_order() -> None:
+        """The socket takes in what has come, in this order. Nothing is served, so nothing shows that it is there."""
+        time.sleep(0.3)
+        line.ports.results.poll(0)
+
+    thief_keys, victim_keys = keys.peer("thief", role="camera"), keys.peer("victim")
+    line = listening()
+    thief = connect(context, zmq.XSUB, line.ports._config.results.bind, thief_keys)
+    victim = line.subscriber(victim_keys, "end")
+    line.heard(victim)
+    thief.send(b"\x01end")
+    line.serve(lambda: keys.denied or None)
+    for noise in (b"no", b"subscription", b"at all"):
+        thief.send(noise)
+    in_order()
+    victim.subscribe("result/")
+    in_order()
+    for topic in (b"a", b"b", b"result/"):
+        thief.send(b"\x01" + topic)
+    in_order()
+    line.serve(lambda: True if len(keys.denied) == 8 else None)
+    line.ports.results.send_multipart([b"result/test/cam1", b"secret"])
+    assert not thief.poll(300), "a camera's key hears results"
+    victim.unsubscribe("result/")
+    victim.subscribe("result/")  # asks again: now it is heard
+    line.serve(lambda: (line.ports.results.send_multipart([b"result/test/cam1", b""]), taken(victim))[1])
+    assert keys.denied == ["WRONG_ROLE"] + 3 * ["NO_SUBSCRIPTION"] + 4 * ["UNSURE_SENDER"]

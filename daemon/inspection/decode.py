@@ -16,6 +16,7 @@ from daemon.types import Frame, PixelArray, RawFrame
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MOST_SEGMENTS = 4096  # and fill bytes; a camera's JPEG has a dozen, a hostile one millions
+_MOST_SCANS = 32  # a progressive JPEG has some ten; each costs a pass over all pixels, and a hostile one has thousands
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, all codings
 
 
@@ -52,8 +53,11 @@ def _from_encoded(raw: RawFrame) -> PixelArray:
         raise FrameError(f"the payload is not a readable {raw.encoding} file")
     if found != raw.shape[:2]:
         raise FrameError(f"the {raw.encoding} has size {list(found)}, the header says {list(raw.shape[:2])}")
-    if is_cut_short(bytes(raw.payload)):
+    data = bytes(raw.payload)
+    if is_cut_short(data):
         raise FrameError(f"the {raw.encoding} is cut short")
+    if not data.startswith(_PNG_MAGIC) and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
+        raise FrameError(f"the {raw.encoding} has {scans} scans, at most {_MOST_SCANS} are decoded")
     gray = raw.pixel_format not in ("RGB8", "BGR8")
     flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH if gray else cv2.IMREAD_COLOR
     flags |= cv2.IMREAD_IGNORE_ORIENTATION  # a camera's pixels are where they are; rotating is for photo viewers

@@ -227,13 +227,17 @@ class Lease:
     def permit(self, camera: str, epoch: str, seq: int) -> Permit | None:
         return self._permits.get((camera, epoch, seq))
 
-    def _take_verdict(self, header: Header, sent_ns: int | None, now_ns: int) -> Header:
-        key = (str(header["camera"]), str(header["epoch"]), int(header["seq"]))
+    def _take_verdict(self, header: Header, sent_ns: int | None, now_ns: int) -> Header | None:
+        camera, epoch, seq, valid_ms = (header.get(name) for name in ("camera", "epoch", "seq", "validMs"))
+        if not (isinstance(camera, str) and isinstance(epoch, str) and type(seq) is int and type(valid_ms) is int):
+            return None  # of no part, or for no time: nothing to believe and nothing to acknowledge
+        key = (camera, epoch, seq)
         age_known_ns = sent_ns if sent_ns is not None else now_ns - 2**62  # an unknown nonce: long expired
-        expires_ns = age_known_ns + int(header["validMs"]) * 1_000_000
         # A part's first verdict stands; a repetition with a newer nonce must not prolong its permit.
         if key not in self._permits:
-            self._permits[key] = Permit(str(header["outcome"]), header.get("reason"), header.get("partId"), expires_ns)
+            expires_ns = age_known_ns + valid_ms * 1_000_000
+            outcome = str(header.get("outcome"))
+            self._permits[key] = Permit(outcome, header.get("reason"), header.get("partId"), expires_ns)
             if len(self._permits) > MOST_UNACKED:
                 self._permits.popitem(last=False)
         return {"type": "ACK", "run": self._run, "epoch": key[1], "seq": key[2], "camera": key[0]}

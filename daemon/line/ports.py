@@ -12,8 +12,9 @@ import zmq
 from daemon.config import Config, Endpoint, Input
 from daemon.errors import ConfigError
 from daemon.keys import Keyring
+from daemon.line.denials import Denied
 from daemon.line.shm import Rings
-from daemon.line.sockets import Bounds, Doorman, ZapGate, bind, refuses_strangers, sender_key
+from daemon.line.sockets import Bounds, Doorman, Watch, ZapGate, bind, refuses_strangers, sender_key
 from daemon.line.wire import MAX_HEADER_BYTES
 
 log = logging.getLogger("inspectd.ports")
@@ -37,7 +38,7 @@ class Message:
 class Ports:
     """The daemon's sockets. `inputs` maps each input socket to its endpoint."""
 
-    def __init__(self, config: Config, keyring: Keyring | None, denied: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, keyring: Keyring | None, denied: Denied) -> None:
         if zmq.zmq_version_info() < _ZMQ_NEEDED:
             raise ConfigError("libzmq", [f"found {zmq.zmq_version()}, wanted 4.3.5 or newer; pip install -U pyzmq"])
         self._config = config
@@ -46,6 +47,9 @@ class Ports:
         self.doorman = Doorman(keyring, denied)
         self.inputs: dict[zmq.Socket[bytes], Input] = {}
         self._keyring = keyring
+        self._denied = denied
+        self._watches: list[Watch] = []
+        self._is_ahead = False  # see serve_subscription
         self.zap = ZapGate(self._context, keyring, denied)
         self.rings = Rings()
         try:
@@ -83,25 +87,46 @@ class Ports:
                     path, [f"{endpoint.bind} did not refuse a peer without a key; the daemon does not start"]
                 )
 
+    def doors(self) -> dict[zmq.Socket[bytes], Callable[[], None]]:
+        """What hears of those who are not in yet, and how each is served.
+
+        Called when the start is over: the refusals that `prove_closed` wanted are then behind, and not counted.
+        """
+        closed = [socket for socket in self._sockets if socket.get(zmq.CURVE_SERVER)]
+        self._watches = [Watch(self._context, socket, self._denied) for socket in closed]
+        doors: list[ZapGate | Watch] = [self.zap, *self._watches]
+        return {door.socket: door.serve for door in doors}
+
     def serve_subscription(self) -> None:
-        """Take one (un)subscription from the results socket, if its sender may hear the topic."""
+        """Take one (un)subscription from the results socket, if its sender may hear the topic.
+
+        A subscription counts for the sender that libzmq believes it has just handed over. A message that is none
+        puts it one ahead (XPUB_MANUAL, 4.3.5), until nothing waits any more: up to there nobody is let in.
+        """
         part = self.results.recv(zmq.NOBLOCK, copy=False)
-        request = part.bytes
+        request, key = part.bytes, sender_key(part)
         if not request or request[0] not in (0, 1):
-            return
-        topic = request[1:]
-        if request[0] == 0:
+            self._denied("NO_SUBSCRIPTION", f"key={key} sends to the results")
+            self._is_ahead = True
+        elif self._is_ahead and request[0] == 1:
+            self._denied("UNSURE_SENDER", f"key={key} topic={request[1:]!a}; it must subscribe again")
+        elif not self._is_ahead:
+            self._subscribe(request[1:], key, heard=request[0] == 1)
+        if self._is_ahead:
+            self._is_ahead = bool(self.results.poll(0))
+
+    def _subscribe(self, topic: bytes, key: str, *, heard: bool) -> None:
+        if not heard:
             self.results.setsockopt(zmq.UNSUBSCRIBE, topic)
         elif self.doorman.admits(
-            curve=self._config.results.uses_curve,
-            key=sender_key(part),
-            role="subscriber",
-            topic=topic.decode("utf-8", "replace"),
+            curve=self._config.results.uses_curve, key=key, role="subscriber", topic=topic.decode("utf-8", "replace")
         ):
             self.results.setsockopt(zmq.SUBSCRIBE, topic)
 
     def close(self, linger_ms: int) -> None:
         """Close everything; what was sent has `linger_ms` to leave."""
+        for watch in self._watches:
+            watch.close()
         for socket in self._sockets:
             socket.close(linger=linger_ms)
         self.rings.close()

@@ -2,14 +2,13 @@
 
 ZAP (who may connect) is answered by pyzmq's Authenticator, which the loop serves like any other
 socket; what a connected peer may then say is asked again for each message, against the key that ZAP
-put into it (`sender_key`).
+put into it (`sender_key`). Who does not come as far as ZAP is refused by libzmq; a Watch tells of them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +18,24 @@ from zmq.auth.base import Authenticator
 from daemon.config import Endpoint
 from daemon.errors import ConfigError
 from daemon.keys import Keyring, PeerFile, Role
+from daemon.line.denials import Denied
 
 log = logging.getLogger("inspectd.sockets")
 
 _ZAP_DOMAIN = b"inspectd"
 _FRAMES_A_PEER = 4  # receive high-water mark: with MAXMSGSIZE this bounds what a peer can pile up
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000  # a peer whose cable was pulled is gone after this
+_HANDSHAKE_MS = 5000  # a stranger that connects and says nothing holds a descriptor this long, not libzmq's 30 s
 _SELF_TEST_MS = 2000
 
 
 class ZapGate:
     """The Authenticator of a context: lets in the keys of peers.yaml, counts whom it turns away."""
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], keyring: Keyring | None, denied: Callable[[str], None]
-    ) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keyring: Keyring | None, denied: Denied) -> None:
         self._keyring = keyring
         self._denied = denied
+        self._address = "?"  # of the peer that is asked about
         self._authenticator = Authenticator(context, log=logging.getLogger("inspectd.zap"))
         self._authenticator.configure_curve_callback("*", credentials_provider=self)
         self._authenticator.configure_curve_callback(_ZAP_DOMAIN.decode(), credentials_provider=self)
@@ -49,12 +49,14 @@ class ZapGate:
         """pyzmq asks here; `key` is the Z85 text of the peer's public key."""
         known = self._keyring is not None and self._keyring.peer(key.decode()) is not None
         if not known:
-            self._denied("UNKNOWN_KEY")
+            self._denied("UNKNOWN_KEY", f"address={self._address} key={key.decode()}")
         return known
 
     def serve(self) -> None:
         """Answer one waiting request. The coroutine never suspends, so it is run without an event loop."""
-        handling = self._authenticator.handle_zap_message(self.socket.recv_multipart(zmq.NOBLOCK))
+        request = self.socket.recv_multipart(zmq.NOBLOCK)
+        self._address = request[3].decode("ascii", "replace") if len(request) > 3 else "?"  # RFC 27: the fourth frame
+        handling = self._authenticator.handle_zap_message(request)
         try:
             handling.send(None)
         except StopIteration:
@@ -64,6 +66,36 @@ class ZapGate:
 
     def close(self) -> None:
         self._authenticator.stop()
+
+
+_REASONS: dict[int, str] = {
+    zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: "NO_KEY",  # speaks no CURVE
+    zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: "WRONG_SERVER_KEY",  # its file is of another daemon, or of an old key
+}
+
+
+class Watch:
+    """Hears of handshakes at one socket that libzmq itself has refused."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], watched: zmq.Socket[bytes], denied: Denied) -> None:
+        self._watched = watched
+        self._denied = denied
+        name = f"inproc://watch-{id(self)}"
+        watched.monitor(name, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        self.socket.linger = 0
+        self.socket.set(zmq.RCVHWM, 0)  # libzmq's own thread would wait where this is full
+        self.socket.connect(name)
+
+    def serve(self) -> None:
+        """Count one refusal."""
+        event, address = self.socket.recv_multipart(zmq.NOBLOCK)
+        code = int.from_bytes(event[2:6], "little")
+        self._denied(_REASONS.get(code, "BAD_HANDSHAKE"), f"at={address.decode()}")
+
+    def close(self) -> None:
+        self._watched.disable_monitor()
+        self.socket.close()
 
 
 @dataclass(frozen=True)
@@ -87,6 +119,7 @@ def bind(
     if endpoint.bind.startswith("tcp://"):
         socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        socket.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
     if endpoint.uses_curve:
         if keyring is None:
             raise ConfigError(endpoint.bind, ["needs keys; make them with: inspectd keygen server"])
@@ -137,7 +170,7 @@ def sender_key(part: zmq.Frame) -> str:
 class Doorman:
     """May this message's sender do this? Plain endpoints (loopback, ipc) have no keys and are trusted."""
 
-    def __init__(self, keyring: Keyring | None, denied: Callable[[str], None]) -> None:
+    def __init__(self, keyring: Keyring | None, denied: Denied) -> None:
         self._keyring = keyring
         self._denied = denied
 
@@ -147,7 +180,8 @@ class Doorman:
         peer = self._keyring.peer(key) if self._keyring else None
         if peer is not None and peer.may(role, topic):
             return True
-        self._denied("UNKNOWN_KEY" if peer is None else "FOREIGN_TOPIC" if peer.may(role) else "WRONG_ROLE")
+        reason = "UNKNOWN_KEY" if peer is None else "FOREIGN_TOPIC" if peer.may(role) else "WRONG_ROLE"
+        self._denied(reason, f"peer={peer.name if peer else key} as={role} topic={topic!a}")
         return False
 
 
@@ -160,9 +194,17 @@ def connect(
     there is none. A bridge wants that, and any peer that may stop reading for seconds: else libzmq (4.3.5, its issue
     3937) aborts the process when it reads again, because the old connection's full queue wakes the new connection.
     """
+    socket = _client(context, kind, address, keys)
+    socket.set(zmq.IMMEDIATE, immediate)
+    socket.connect(address)
+    return socket
+
+
+def _client(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, keys: PeerFile | None
+) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.linger = 0
-    socket.set(zmq.IMMEDIATE, immediate)
     if address.startswith("tcp://"):
         socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
@@ -170,7 +212,6 @@ def connect(
         socket.curve_publickey = keys.publicKey.encode()
         socket.curve_secretkey = keys.secretKey.encode()
         socket.curve_serverkey = keys.serverKey.encode()
-    socket.connect(address)
     return socket
 
 
@@ -180,24 +221,26 @@ _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 def refuses_strangers(address: str) -> bool:
     """Whether the tcp socket at `address` turns away a peer without a key; asked over the wire itself.
 
-    Asked as each kind of client: a plain socket would refuse the wrong kind for its kind alone. A wildcard
-    address is asked on loopback. The caller need not serve ZAP meanwhile: libzmq itself refuses a peer that
-    does not speak CURVE.
+    Asked as each kind of client: a plain socket would refuse the wrong kind for its kind alone. The caller need
+    not serve ZAP meanwhile: libzmq itself refuses a peer that does not speak CURVE.
     """
-    return all(_refuses(address, kind) for kind in (zmq.DEALER, zmq.PUSH, zmq.SUB))
+    events = [handshake(address, kind, None) for kind in (zmq.DEALER, zmq.PUSH, zmq.SUB)]
+    return None not in events and zmq.EVENT_HANDSHAKE_SUCCEEDED not in events
 
 
-def _refuses(address: str, kind: int) -> bool:
+def handshake(address: str, kind: int, keys: PeerFile | None) -> int | None:
+    """How a client's handshake at the tcp socket `address` ended (a zmq.EVENT_...); None when nobody answered.
+
+    A wildcard address is asked on loopback.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stranger = context.socket(kind)
-    stranger.linger = 0
-    monitor = stranger.get_monitor_socket(_REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    client = _client(context, kind, address, keys)
+    monitor = client.get_monitor_socket(_REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     try:
-        stranger.connect(address.replace("tcp://*", "tcp://127.0.0.1").replace("tcp://0.0.0.0", "tcp://127.0.0.1"))
+        client.connect(address.replace("tcp://*", "tcp://127.0.0.1").replace("tcp://0.0.0.0", "tcp://127.0.0.1"))
         if not monitor.poll(_SELF_TEST_MS):
-            return False
-        event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
-        return event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+            return None
+        return int.from_bytes(monitor.recv_multipart()[0][:2], "little")
     finally:
-        stranger.disable_monitor()
+        client.disable_monitor()
         context.destroy(linger=0)  # closes the monitor's own socket too

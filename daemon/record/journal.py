@@ -167,7 +167,7 @@ def decode_record(line: bytes) -> Record | None:
         if int(line[:8], 16) != zlib.crc32(line[9:]) or line[8:9] != b" ":
             return None
         record = json.loads(line[9:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

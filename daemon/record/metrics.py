@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from daemon import __version__
 from daemon.errors import ConfigError
 
+log = logging.getLogger("inspectd.metrics")
+
+_PATIENCE_S = 5.0  # a connection that asks for nothing holds a thread and a descriptor this long
 _STAGE_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
@@ -59,6 +63,10 @@ def serve_metrics(metrics: Metrics, address: tuple[str, int]) -> Callable[[], No
         server, thread = start_http_server(address[1], address[0], registry=metrics.registry)
     except OSError as error:
         raise ConfigError("metrics.bind", [f"{address[0]}:{address[1]} cannot be bound: {error.strerror}"]) from error
+
+    # Whoever sends garbage or hangs up must not fill the log with traces, nor the process with threads.
+    server.handle_error = lambda _request, peer: log.debug("metrics: a request of %s ended early", peer[0])
+    server.RequestHandlerClass = type("Hurried", (server.RequestHandlerClass,), {"timeout": _PATIENCE_S})
 
     def stop() -> None:
         server.shutdown()
