@@ -104,9 +104,10 @@ class Journal:
                 self._torn = False
             else:
                 fault = f"wrote {written} of {len(lead) + len(data)} bytes"
-                done = data.rfind(b"\n", 0, done) + 1  # whole records must not be written twice
-                self._torn = written > len(lead) + done or (self._torn and written == 0)
-                self._waiting[0] = data[done:]
+                # Whole records must not be written twice, nor one that lacks its line's end alone: the lead ends it.
+                whole = done + 1 if data[done : done + 1] == b"\n" else data.rfind(b"\n", 0, done) + 1
+                self._torn = done != whole or (self._torn and written == 0)
+                self._waiting[0], done = data[whole:], whole
             self._waiting_bytes -= done
         self._tell(fault)
 

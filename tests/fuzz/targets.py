@@ -246,12 +246,14 @@ def key_seeds() -> list[bytes]:
 
 
 def read_control(data: bytes) -> bool:
-    assert decode_request(data.split(CUT)) in COMMANDS
+    assert decode_request(data.split(CUT)).command in COMMANDS
     return True
 
 
 def control_seeds() -> list[bytes]:
-    return [encode_header({"command": command}) for command in COMMANDS]
+    swaps = [{"command": "activate", "engine": "part/2", "shadow": 5}, {"command": "rollback", "engine": "part"}]
+    plain = [{"command": command} for command in COMMANDS if command != "activate"]
+    return [encode_header(request) for request in (*plain, *swaps)]
 
 
 def exchange_permits(data: bytes) -> bool:
@@ -432,7 +434,14 @@ TARGETS = {
         Target("manifest", read_manifest, (BundleError,), manifest_seeds, _JSON_WORDS, 2048),
         Target("config", read_config, (ConfigError,), config_seeds, _YAML_WORDS),
         Target("keys", read_keys, (ConfigError,), key_seeds, _YAML_WORDS, 512),
-        Target("control", read_control, (WireError,), control_seeds, ("command", *COMMANDS, *_JSON_WORDS), 256),
+        Target(
+            "control",
+            read_control,
+            (WireError,),
+            control_seeds,
+            ("command", "engine", "shadow", *COMMANDS, *_JSON_WORDS),
+            256,
+        ),
         Target("permit", exchange_permits, (WireError,), permit_seeds, _LINE_WORDS + _JSON_WORDS),
         Target("ring", read_ring, (FrameError,), ring_seeds, ("inspectd-shm-1",), 256),
         Target(
