@@ -84,7 +84,8 @@ def main(
     result: dict[str, Any] = {"runs": {}}
     for file in (out, *merge):
         path = RESULTS / file
-        result["runs"] |= json.loads(path.read_text())["runs"] if path.exists() else {}
+        found = json.loads(path.read_text())["runs"] if path.exists() else {}
+        result["runs"] = {**found, **result["runs"]}  # what is there already stays: it may have been timed
     length = ["--budget", str(budget)] if steps is None else ["--steps", str(steps)]
     for seed in map(int, seeds.split(",") if seeds else ()):
         for name in names:

@@ -109,7 +109,7 @@ def noise_table() -> str:
     if not sets:
         return "Not measured yet."
     lines = [
-        f"Over {', '.join(sets)}.",
+        "Over " + ", ".join(f"{name} ({_seeds(summary[name])} seeds)" for name in sets) + ".",
         "",
         "| training | image AUROC | pixel AUROC (sets with masks) |",
         "|---|---|---|",
@@ -122,6 +122,10 @@ def noise_table() -> str:
         words = "anchored noise" if variant == "repair" else variant.removeprefix("repair").strip(", ")
         lines.append(f"| {words} | {' | '.join(figures)} |")
     return "\n".join(lines)
+
+
+def _seeds(variants: dict[str, Any]) -> int:
+    return min(int(variants[variant]["imageAuroc"]["seeds"]) for variant in _NOISES)
 
 
 def choice_table() -> str:
