@@ -313,6 +313,18 @@ def test_segment_is_full_at_its_limit_and_the_next_one_is_not(tmp_path: Path, mo
     assert not journal.is_full
 
 
+def test_segment_that_is_a_day_old_is_followed_by_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(journal_module, "monotonic", lambda: now_s)
+    journal = opened(tmp_path, accept(1))
+    journal.tend(lambda: STATE, 2)
+    assert len(segments(tmp_path)) == 1
+    now_s += journal_module.SEGMENT_S
+    journal.tend(lambda: STATE, 3)
+    journal.tend(lambda: STATE, 4)
+    assert len(segments(tmp_path)) == 2
+
+
 def test_old_segment_is_closed_by_the_next_sync(tmp_path: Path) -> None:
     journal = opened(tmp_path)
     old = journal._descriptor

@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from daemon.errors import ConfigError
@@ -23,7 +24,7 @@ from daemon.errors import ConfigError
 log = logging.getLogger("inspectd.journal")
 
 Record = dict[str, Any]
-SEGMENT_BYTES = 64 << 20
+SEGMENT_BYTES, SEGMENT_S = 64 << 20, 86_400.0
 MOST_WAITING_BYTES = 64 << 20  # some 80 minutes of 50 parts a second
 _PATTERN = "journal-*.log"
 
@@ -41,6 +42,7 @@ class Journal:
         self._waiting: deque[bytes] = deque()  # for room on the disk, one entry a call of `write`
         self._waiting_bytes = 0
         self._lacks = False  # records that were given up
+        self._begun_s = monotonic()
         self.fault: str | None = None  # why records wait, None while all is well
 
     def begin(self, state: Record, now_ns: int) -> None:
@@ -53,19 +55,21 @@ class Journal:
             if self._descriptor < 0:
                 raise
             # A full disk: the open segment grows on, and the next attempt waits until it has grown as much again.
-            self._written = 0
+            self._written, self._begun_s = 0, monotonic()
             self._tell(error.strerror or str(error))
             return
         if self._descriptor >= 0:
             self._retired.append(self._descriptor)
         self._descriptor, self._torn, self._lacks = descriptor, False, False
+        self._begun_s = monotonic()
         self.write(state)
         self._written = 0  # a large state must not make a new segment full at once
 
     @property
     def is_full(self) -> bool:
-        """Time for a new segment: this one is large, or it lacks records and a restart must not trust it."""
-        return self.fault is None and (self._written >= SEGMENT_BYTES or self._lacks)
+        """Time for a new segment: this one is large or a day old, or lacks records and a restart must not trust it."""
+        is_old = monotonic() - self._begun_s >= SEGMENT_S
+        return self.fault is None and (self._written >= SEGMENT_BYTES or is_old or self._lacks)
 
     def write(self, *records: Record) -> None:
         """Append the records in one write call. A full disk stops nothing: `fault` says so, and they wait in memory."""
