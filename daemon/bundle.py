@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from daemon.errors import BundleError
-from daemon.keys import TrustedKey
+from daemon.keys import TrustedKey, foreign_hands
 from daemon.types import Limits
 
 FORMAT = 1
@@ -226,6 +226,9 @@ def seal_bundle(folder: Path, fields: dict[str, Any], key: Ed25519PrivateKey) ->
     manifest = _parse_manifest(folder / MANIFEST, data)
     (folder / MANIFEST).write_bytes(data)
     (folder / SIGNATURE).write_bytes(base64.b64encode(key.sign(data)))
+    for name in (*files, MANIFEST, SIGNATURE):
+        path = folder / name
+        path.chmod(path.stat().st_mode & ~0o022)  # whatever the builder's umask
     return manifest
 
 
@@ -260,6 +263,8 @@ def _read_plain(path: Path, most_bytes: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{path}: is not a plain file")
+            if problem := foreign_hands(status):
+                raise BundleError(f"{path}: {problem}")
             if status.st_size > most_bytes:
                 raise BundleError(f"{path}: has {status.st_size} bytes, at most {most_bytes} are read")
             return file.read()

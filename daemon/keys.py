@@ -208,6 +208,8 @@ def _load(path: Path, kind: type[_Model], *, hint: str = "", secret: bool = Fals
     try:
         if secret:
             _refuse_open(path)
+        elif problem := foreign_hands(path.stat()):
+            raise ConfigError(str(path), [problem])
         data = parse_yaml(path.read_text(encoding="utf-8"))
         return TypeAdapter(kind).validate_python(data)
     except FileNotFoundError as error:
@@ -225,6 +227,15 @@ def _load(path: Path, kind: type[_Model], *, hint: str = "", secret: bool = Fals
 def _faults(error: ValidationError) -> list[str]:
     """Without the values: a key file's faults must not print its secrets."""
     return [f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+
+
+def foreign_hands(status: os.stat_result) -> str | None:
+    """Why a file could be a stranger's work; None where it is root's or our own, and not everybody's to write."""
+    if status.st_uid not in {0, os.geteuid()}:
+        return f"belongs to user {status.st_uid}, wanted root or the user that runs this; chown it, if you trust it"
+    if status.st_mode & stat.S_IWOTH:
+        return f"has mode {stat.S_IMODE(status.st_mode):04o}, anyone can write it; chmod o-w, if you trust it"
+    return None
 
 
 def _refuse_open(path: Path) -> None:
@@ -245,6 +256,7 @@ def _write_list(path: Path, entries: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(_dump([entry.model_dump() for entry in entries]))
+    partial.chmod(0o644)  # public, and nobody else's to write, whatever the umask
     partial.replace(path)
 
 

@@ -703,3 +703,63 @@ def test_made_key_signs_what_its_trusted_half_verifies(folder: Path) -> None:
     assert trusted.verifies(key.sign(b"manifest"), b"manifest")
     assert not trusted.verifies(key.sign(b"manifest"), b"Manifest")
     assert not trusted.verifies(b"", b"manifest")
+
+
+# --- whose files they are
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Gives a file to another user; where that takes root, we become another user ourselves."""
+
+    def give(path: Path) -> None:
+        if os.geteuid() == 0:
+            os.chown(path, 4321, -1)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 4321)
+
+    return give
+
+
+@pytest.mark.usefixtures("no_openvino")
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sig", "networks.onnx", "bank.safetensors"])
+def test_file_of_another_user_is_refused_before_it_is_read(
+    bundle: Path, signing: Path, stranger: Callable[[Path], None], name: str
+) -> None:
+    trusted = keys.load_trusted(signing / "trusted.yaml")
+    stranger(bundle / name)
+    with pytest.raises(BundleError, match=r"belongs to user \d+, wanted root or the user that runs this"):
+        open_bundle(bundle, trusted)
+
+
+@pytest.mark.usefixtures("no_openvino")
+@pytest.mark.parametrize("name", ["manifest.json", "networks.onnx"])
+def test_file_that_anyone_can_write_is_refused(bundle: Path, signing: Path, name: str) -> None:
+    (bundle / name).chmod(0o666)
+    with pytest.raises(BundleError, match=f"{name}: has mode 0666, anyone can write it"):
+        open_trusted(bundle, signing)
+
+
+def test_bundle_that_was_built_without_a_umask_is_not_everybodys_to_write(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = make_bundle(tmp_path / "bundle", tmp_path / "keys")
+    finally:
+        os.umask(before)
+    assert open_trusted(folder, tmp_path / "keys").manifest.name == "part"
+    assert not any(path.stat().st_mode & 0o022 for path in folder.rglob("*") if path.is_file())
+
+
+def test_list_of_trusted_keys_that_anyone_can_write_is_trusted_by_nobody(
+    tmp_path: Path, stranger: Callable[[Path], None]
+) -> None:
+    keys.make_signing_key(tmp_path)
+    path = tmp_path / "trusted.yaml"
+    assert len(keys.load_trusted(path)) == 1
+    path.chmod(0o646)
+    with pytest.raises(ConfigError, match="has mode 0646, anyone can write it"):
+        keys.load_trusted(path)
+    path.chmod(0o644)
+    stranger(path)
+    with pytest.raises(ConfigError, match="belongs to user"):
+        keys.load_trusted(path)
