@@ -182,6 +182,44 @@ def transport_table() -> str:
     return "\n".join(lines)
 
 
+def reliability_table() -> str:
+    """Swaps, strangers and the soak: what was wanted and what was found, of those that were run."""
+    rows: list[tuple[str, str, str]] = [("run", "wanted", "found"), ("---", "---", "---")]
+    if swaps := _found("swaps.json"):
+        p99 = f"p99 {swaps['p99QuietMs']:.1f} ms, during swaps {swaps['p99DuringMs']:.1f} ms"
+        files = f"{swaps['openFilesWarm']} to {swaps['openFilesEnd']} files"
+        rows += [
+            (
+                f"{swaps['swaps']} swaps, {swaps['sent']} parts",
+                "one verdict each",
+                f"{len(swaps['problems'])} problems",
+            ),
+            ("", "p99 at most twice", f"{p99}: {swaps['p99Ratio']:.1f} times"),
+            ("", "no growth", f"{swaps['residentWarmMb']} to {swaps['residentEndMb']} MB, {files}"),
+        ]
+    if found := _found("strangers.json"):
+        p99 = f"p99 {found['before']['p99Ms']:.1f} ms, during the flood {found['during']['p99Ms']:.1f} ms"
+        rows += [
+            (f"{found['handshakes']} handshakes by strangers", "no frame lost", f"{len(found['problems'])} problems"),
+            ("", "p99 at most 1.5 times", f"{p99}: {found['p99DuringToBefore']:.1f} times"),
+        ]
+    if soak := _found("soak.json"):
+        slope = soak["memorySlopeMbPerHour"]
+        balance = f"{soak['accepted']} + {soak['missing']}, {soak['verdicts']}"
+        rows += [
+            (f"soak of {soak['minutes']:g} minutes (60 wanted)", "accepted + missing = verdicts", balance),
+            ("", "no deadline missed outside faults", str(soak["deadlineMissedOutsideFaults"])),
+            ("", "memory below 2 MB/h", "too short to tell" if slope is None else f"{slope:.1f} MB/h"),
+            ("", "no growth of descriptors", f"{soak['openFilesWarm']} to {soak['openFilesEnd']}"),
+        ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _found(name: str) -> dict[str, Any]:
+    path = RESULTS / name
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
 def search_table() -> str:
     """The forms of the search by bank rows, from scale.json."""
     found = json.loads((RESULTS / "scale.json").read_text())["search"]
@@ -225,6 +263,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/accuracy.md", "limit"): limit_table(),
         ("docs/performance.md", "transport"): transport_table(),
         ("docs/performance.md", "search"): search_table(),
+        ("docs/reliability.md", "runs"): reliability_table(),
     }
     stale = []
     for (name, mark), block in blocks.items():
