@@ -21,7 +21,7 @@ from daemon.dispatch import Dispatcher
 from daemon.errors import InspectError, UsageError
 from daemon.inspection.engine import Done, DoneBox, Engine, Job
 from daemon.inspection.pipeline import Pipeline
-from daemon.inspection.shadow import Comparison
+from daemon.inspection.shadow import Comparison, Ear
 from daemon.loading import forget_engine, tell_engine
 from daemon.record.metrics import Metrics
 from daemon.shelf import parse_engine, previous_version, put_to_work
@@ -47,13 +47,13 @@ class _Swap:
     old: Engine
     products: list[str]
     comparison: Comparison
+    ear: Ear
     stage: str = "LOADING"
     new: Engine | None = None
     error: str | None = None
-    compared: deque[Done] = field(default_factory=deque)  # from the new engine's thread while it only looks on
     is_comparing: bool = False  # the new engine is at a frame
     totals_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST_TOTALS))
-    took_over_ns: int = 0  # from then on the new engine speaks for parts
+    took_over_ns: int = 0
     watched: int = 0
     late: int = 0
 
@@ -116,7 +116,7 @@ class Swapper:
         old = served[products[0]]
         if old.pipeline.bundle.folder.name == version:
             raise UsageError(f"{name}/{version} is at work already")
-        swap = _Swap(name, version, client, old, products, Comparison(shadow))
+        swap = _Swap(name, version, client, old, products, Comparison(shadow), Ear(self._done))
         self._swap = swap
         self._dispatcher.observer = self
         log.info("swap engine=%s/%s stage=loading shadow=%d", name, version, shadow)
@@ -126,7 +126,7 @@ class Swapper:
         """On a thread of its own: verify, open, replay the golden frames; the loop hears of it."""
         try:
             pipeline = self._load(self._engines / swap.name / swap.version)
-            engine = Engine(pipeline, lambda done: self._report(swap, done))
+            engine = Engine(pipeline, swap.ear.report)
             engine.start()
             swap.new = engine
         except InspectError as error:
@@ -135,14 +135,6 @@ class Swapper:
             log.exception("swap engine=%s/%s", swap.name, swap.version)
             swap.error = f"{type(error).__name__}: {error}"
         self._done.wake()
-
-    def _report(self, swap: _Swap, done: Done) -> None:
-        """From the new engine's thread: to the loop, or to the comparison while it only looks on."""
-        if swap.took_over_ns:
-            self._done.put(done)
-        else:
-            swap.compared.append(done)
-            self._done.wake()
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -170,8 +162,8 @@ class Swapper:
         log.info("swap engine=%s/%s stage=shadowing", swap.name, swap.version)
 
     def _compare(self, swap: _Swap) -> None:
-        while swap.compared:
-            done = swap.compared.popleft()
+        while swap.ear.compared:
+            done = swap.ear.compared.popleft()
             swap.is_comparing = False
             if done.verdict.reason is Reason.ENGINE_ERROR:
                 swap.error = "it failed on a live frame; the log has the error"
@@ -185,7 +177,7 @@ class Swapper:
             self._fail(str(error))
             return
         swap.stage = "WATCHING"
-        swap.took_over_ns = monotonic_ns()  # before its first frame
+        swap.took_over_ns, swap.ear.is_live = monotonic_ns(), True  # before its first frame
         self._replace(swap.old, swap.new, swap.products)
         log.info("swap engine=%s/%s stage=watching", swap.name, swap.version)
         self._answer(swap, {"ok": True, "watched": WATCHED, **self._facts(swap)})

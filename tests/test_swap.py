@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +348,25 @@ def test_rollback_in_the_first_frames_is_at_once(tmp_path: Path) -> None:
     stage.swapper.roll_back(None, b"client")
     assert (stage.at_work(), linked_version(tmp_path, "part")) == ("1", "1")
     assert stage.swapper.answers() == [(b"client", {"ok": True, "engine": "part/1"})]
+
+
+def test_engine_that_has_left_is_held_by_nobody(tmp_path: Path) -> None:
+    # An engine is tens of megabytes; the collector of cycles hardly ever runs in the daemon.
+    gc.disable()
+    try:
+        stage = Stage(tmp_path)
+        gone = weakref.ref(stage.engine)
+        stage.swapper.activate("part/2", 0, None)
+        stage.turn(lambda: stage.result == "watching")
+        for _ in range(WATCHED):
+            stage.frame()
+        stage.turn(lambda: stage.result == "active")
+        assert stage.old.closed.wait(10)
+        del stage.engine
+        stage.swapper.stop(5)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_daemon_that_ends_in_the_middle_of_a_swap_ends(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
+from daemon.inspection.engine import Done, DoneBox
 from daemon.types import Header, Outcome, PartKey
 
 _MOST_UNPAIRED = 64  # frames of which only one of the two has spoken: the other's may have been overtaken
@@ -39,3 +40,23 @@ class Comparison:
     def header(self) -> Header:
         rejects = {"oldRejects": self._old_rejects, "newRejects": self._new_rejects}
         return {"frames": self.frames, "agreed": self.agreed, **rejects}
+
+
+class Ear:
+    """Where a new engine's reports go: to the comparison while it looks on, to the loop when it speaks for parts.
+
+    It is all that an engine keeps of its swap: an engine that held the swap would hold the engine before it, and so on.
+    """
+
+    def __init__(self, done: DoneBox) -> None:
+        self._done = done
+        self.is_live = False
+        self.compared: deque[Done] = deque()
+
+    def report(self, done: Done) -> None:
+        """Called on the new engine's thread."""
+        if self.is_live:
+            self._done.put(done)
+        else:
+            self.compared.append(done)
+            self._done.wake()
