@@ -43,17 +43,28 @@ def previous_version(engines: Path, name: str) -> str:
 def put_to_work(engines: Path, name: str, version: str) -> None:
     """Point `current` to a version and `previous` to what was current. Raises BundleError where the disk refuses."""
     before = linked_version(engines, name)
-    if before == version:
-        return
-    try:
+    if before != version:
         # A crash between the two leaves a rollback without a target, never a start without an engine.
-        if before is not None:
-            _link(engines / name / PREVIOUS, before)
-        _link(engines / name / CURRENT, version)
+        _point(engines, name, PREVIOUS, before)
+        _point(engines, name, CURRENT, version)
+
+
+def take_back(engines: Path, name: str, version: str, previous: str | None) -> None:
+    """As if another one had never been put to work: what failed is not what a rollback goes to. Raises BundleError."""
+    _point(engines, name, CURRENT, version)
+    _point(engines, name, PREVIOUS, previous)
+
+
+def _point(engines: Path, name: str, link: str, version: str | None) -> None:
+    path = engines / name / link
+    try:
+        if version is None:
+            path.unlink(missing_ok=True)
+        else:
+            _link(path, version)
     except OSError as error:
         raise BundleError(
-            f"{engines / name}: the link to the engine cannot be written: {error.strerror}; the daemon's user must own "
-            "this folder"
+            f"{path}: cannot be written: {error.strerror}; the daemon's user must own the engine's folder"
         ) from error
 
 

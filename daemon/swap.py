@@ -24,7 +24,7 @@ from daemon.inspection.pipeline import Pipeline
 from daemon.inspection.shadow import Comparison, Ear
 from daemon.loading import forget_engine, tell_engine
 from daemon.record.metrics import Metrics
-from daemon.shelf import parse_engine, previous_version, put_to_work
+from daemon.shelf import PREVIOUS, linked_version, parse_engine, previous_version, put_to_work, take_back
 from daemon.types import Header, Reason
 
 log = logging.getLogger("inspectd.swap")
@@ -53,6 +53,7 @@ class _Swap:
     error: str | None = None
     is_comparing: bool = False  # the new engine is at a frame
     totals_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST_TOTALS))
+    previous: str | None = None  # the engine before the old one, by its link
     took_over_ns: int = 0
     watched: int = 0
     late: int = 0
@@ -172,6 +173,7 @@ class Swapper:
     def _take_over(self, swap: _Swap) -> None:
         assert swap.new is not None
         try:
+            swap.previous = linked_version(self._engines, swap.name, PREVIOUS)
             put_to_work(self._engines, swap.name, swap.version)
         except InspectError as error:
             self._fail(str(error))
@@ -212,7 +214,7 @@ class Swapper:
 
     def _relink(self, swap: _Swap) -> None:
         try:
-            put_to_work(self._engines, swap.name, swap.old.pipeline.bundle.folder.name)
+            take_back(self._engines, swap.name, swap.old.pipeline.bundle.folder.name, swap.previous)
         except InspectError:
             log.exception("a restart will find the engine that failed")
 

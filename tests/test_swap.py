@@ -60,7 +60,7 @@ def test_current_and_previous_follow_what_is_put_to_work(tmp_path: Path) -> None
 
 
 def test_link_that_cannot_be_written_is_told_with_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="part: the link to the engine cannot be written"):
+    with pytest.raises(BundleError, match="part/current: cannot be written: No such file"):
         put_to_work(tmp_path, "part", "1")
 
 
@@ -275,6 +275,18 @@ def test_engine_that_fails_in_its_first_frames_goes_and_the_old_one_is_back(tmp_
     assert isinstance(stage.new, FakePipeline)
     assert stage.new.closed.wait(10)
     assert not stage.old.closed.is_set()
+
+
+def test_engine_that_failed_is_not_what_a_rollback_goes_to(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, FakePipeline("2", FAILED))
+    put_to_work(tmp_path, "part", "0")
+    put_to_work(tmp_path, "part", "1")
+    stage.swapper.activate("part/2", 0, None)
+    stage.turn(lambda: stage.result == "watching")
+    assert previous_version(tmp_path, "part") == "1"
+    stage.frame()
+    stage.turn(lambda: stage.result == "returned")
+    assert (linked_version(tmp_path, "part"), previous_version(tmp_path, "part")) == ("1", "0")
 
 
 def test_engine_whose_first_frames_are_late_goes_too_but_not_for_frames_of_before(tmp_path: Path) -> None:
