@@ -69,11 +69,13 @@ def test_daemon_killed_over_a_full_disk_speaks_twice_for_no_part_with_pass(tmp_p
         limit_files(site, journal_bytes(site))
         stream(line, range(10, 20), rate=200)
         assert pump_until(line, lambda: all_judged(line), 10)
+        before = line.run
         site.kill()
         site.start()
         heard = len(line.foreign)
-        back = pump_until(line, lambda: line.lease.is_fresh(time.monotonic_ns()) and line.state == "RUNNING", 15)
-        assert back
+        # Both sockets must be back: the bridge's lease, and the new run's health on the results socket.
+        back = pump_until(line, lambda: line.run != before and line.lease.is_fresh(time.monotonic_ns()), 15)
+        assert back, "the line never came back"
         stream(line, range(20, 30), rate=200)
         assert pump_until(line, lambda: all_judged(line), 10)
         told = [header for header in line.foreign[heard:] if header["outcome"] != "REJECT"]
