@@ -34,6 +34,7 @@ from tests.daemons import Site, make_site
 _SIZE = (128, 128)
 _ROWS = 500
 _QUIET_S = 0.4  # a stretch without a swap
+_PATIENCE_S = 60.0
 _SETTLED = ("active", "failed", "returned")
 
 
@@ -84,7 +85,8 @@ def measure(site: Site, swaps: int, rate: float) -> dict[str, Any]:
             if number == swaps // 10:
                 warm = (resident_mb(pid), descriptors(pid))
         pace.run(1.0)
-        while any(not (part.results and part.permits) for part in line.parts.values()) and pace.waits():
+        until = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < until and not all(part.results and part.permits for part in line.parts.values()):
             line.pump(10)
         problems = disagreements(line, set())
         sent = len(line.parts)
@@ -105,7 +107,6 @@ class Pace:
         self._line, self._step_s = line, 1.0 / rate
         self._pixels = [good_pixels(seed, _SIZE) for seed in range(16)]
         self._next = time.monotonic()
-        self._until = time.monotonic() + 3600
 
     def tick(self) -> None:
         if time.monotonic() >= self._next:
@@ -119,9 +120,6 @@ class Pace:
         while time.monotonic() < until:
             self.tick()
 
-    def waits(self) -> bool:
-        return time.monotonic() < self._until
-
 
 def swap(site: Site, pace: Pace, version: str) -> str:
     """Ask for the engine and go on until the old one has left; how it ended."""
@@ -129,7 +127,8 @@ def swap(site: Site, pace: Pace, version: str) -> str:
     asked.start()
     while asked.is_alive():
         pace.tick()
-    while pace.waits():
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:
         pace.run(0.1)
         found = site.status()["swap"]
         if found is not None and found["engine"] == f"part/{version}" and found["result"] in _SETTLED:

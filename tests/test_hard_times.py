@@ -31,6 +31,12 @@ def verdicts(site: Site) -> list[int]:
     return [record["seq"] for record in site.journal() if record["t"] == "verdict"]
 
 
+def judge(line: Line, numbers: range) -> None:
+    """Send these parts and wait until every part so far is judged."""
+    stream(line, numbers, rate=200)
+    assert pump_until(line, lambda: all_judged(line), 10)
+
+
 def all_judged(line: Line) -> bool:
     return all(part.results and part.permits for part in line.parts.values())
 
@@ -39,12 +45,10 @@ def test_line_goes_on_over_a_full_disk_and_the_books_are_whole_when_there_is_roo
     site = make_site(tmp_path)
     site.start()
     with site.line() as line:
-        stream(line, range(20), rate=200)
-        assert pump_until(line, lambda: all_judged(line), 10)
+        judge(line, range(20))
         assert line.lease.degraded is None
         limit_files(site, journal_bytes(site) + 100)  # in the middle of a record
-        stream(line, range(20, 60), rate=200)
-        assert pump_until(line, lambda: all_judged(line), 10)
+        judge(line, range(20, 60))
         assert pump_until(line, lambda: line.lease.degraded == "JOURNAL", 5)
         assert "File too large" in site.status()["journalFault"]
         assert site.status()["state"] == "RUNNING"
@@ -64,11 +68,9 @@ def test_daemon_killed_over_a_full_disk_speaks_twice_for_no_part_with_pass(tmp_p
     site = make_site(tmp_path)
     site.start()
     with site.line() as line:
-        stream(line, range(10), rate=200)
-        assert pump_until(line, lambda: all_judged(line), 10)
+        judge(line, range(10))
         limit_files(site, journal_bytes(site))
-        stream(line, range(10, 20), rate=200)
-        assert pump_until(line, lambda: all_judged(line), 10)
+        judge(line, range(10, 20))
         before = line.run
         site.kill()
         site.start()
@@ -76,8 +78,7 @@ def test_daemon_killed_over_a_full_disk_speaks_twice_for_no_part_with_pass(tmp_p
         # Both sockets must be back: the bridge's lease, and the new run's health on the results socket.
         back = pump_until(line, lambda: line.run != before and line.lease.is_fresh(time.monotonic_ns()), 15)
         assert back, "the line never came back"
-        stream(line, range(20, 30), rate=200)
-        assert pump_until(line, lambda: all_judged(line), 10)
+        judge(line, range(20, 30))
         told = [header for header in line.foreign[heard:] if header["outcome"] != "REJECT"]
         assert told == []
     assert site.stop() == 0
@@ -95,8 +96,7 @@ def test_clock_that_jumps_changes_no_deadline_and_no_verdict(tmp_path: Path) -> 
     with site.line() as line:
         for number, jump in enumerate(["+0", "+3600", "-86400", "+864000", "-8640000", "+0"]):
             clock.write_text(jump)
-            stream(line, range(20 * number, 20 * number + 20), rate=200)
-            assert pump_until(line, lambda: all_judged(line), 10)
+            judge(line, range(20 * number, 20 * number + 20))
         decided = [part.results[0]["decidedNs"] for part in line.parts.values()]
         assert max(decided) - min(decided) > 30 * 86_400 * 10**9  # else the clock never jumped
         assert {part.results[0]["outcome"] for part in line.parts.values()} == {"PASS"}

@@ -230,7 +230,6 @@ def test_engine_that_fails_while_it_looks_on_speaks_for_no_part(tmp_path: Path) 
     new = FakePipeline("2", FAILED)
     new.gate.clear()
     stage = Stage(tmp_path, new)
-    heard: list[Any] = []
     stage.swapper.activate("part/2", 3, None)
     stage.turn(lambda: stage.result == "shadowing")
     stage.frame()
@@ -340,6 +339,8 @@ def test_waiting_frames_move_over_in_order(tmp_path: Path) -> None:
 
 def test_one_swap_at_a_time_and_no_swap_to_what_is_at_work(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
+    put_to_work(tmp_path, "part", "0")
+    put_to_work(tmp_path, "part", "1")  # there is something to roll back to
     with pytest.raises(UsageError, match="part/1 is at work already"):
         stage.swapper.activate("part/1", 0, None)
     with pytest.raises(UsageError, match="found no engine 'other' at work, wanted one of part"):
@@ -347,7 +348,7 @@ def test_one_swap_at_a_time_and_no_swap_to_what_is_at_work(tmp_path: Path) -> No
     stage.loading.clear()
     stage.swapper.activate("part/2", 0, None)
     for again in (lambda: stage.swapper.activate("part/3", 0, None), lambda: stage.swapper.roll_back("part", None)):
-        with pytest.raises(UsageError, match=r"part/2 is loading; wait|no engine was active before"):
+        with pytest.raises(UsageError, match="part/2 is loading; wait"):
             again()
     stage.loading.set()
     stage.turn(lambda: stage.result == "watching")
