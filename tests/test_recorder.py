@@ -138,6 +138,20 @@ def test_oldest_frames_go_first_when_space_is_up(tmp_path: Path) -> None:
     assert kept == list(range(20 - len(kept), 20))
 
 
+def test_oldest_go_first_and_what_cannot_be_deleted_is_passed_over_with_few_names_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.record.recorder._NAMES_AT_ONCE", 2)
+    recorder = Recorder(tmp_path, 20_000)
+    recorded(recorder, *(reject(number) for number in range(9)))
+    (tmp_path / "2023-11-14" / "0-in-the-way").mkdir()
+    recorder._keep_bytes = 5000
+    recorded(recorder, reject(9))
+    kept = numbers(tmp_path)
+    assert kept == list(range(10 - len(kept), 10))
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 5000
+
+
 def test_day_without_frames_is_removed(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, 2500)
     recorded(recorder, reject(1))
@@ -162,7 +176,7 @@ def test_frame_larger_than_all_the_space_is_not_kept_and_the_next_is(tmp_path: P
     assert numbers(tmp_path) == [2]
 
 
-def test_foreign_file_in_the_folder_does_not_end_recording(tmp_path: Path) -> None:
+def test_foreign_file_beside_the_days_neither_ends_recording_nor_goes(tmp_path: Path) -> None:
     folder = tmp_path / "rejects"
     folder.mkdir()
     (folder / "notes.txt").write_bytes(b"n" * 5000)
@@ -171,6 +185,7 @@ def test_foreign_file_in_the_folder_does_not_end_recording(tmp_path: Path) -> No
     recorder._keep_bytes = 5000
     assert recorded(recorder, reject(2)) == 1
     assert numbers(folder) == [2]
+    assert (folder / "notes.txt").exists()
 
 
 # --- what waits

@@ -138,9 +138,13 @@ class PermitDesk:
         return again
 
     def _acknowledge(self, bridge: _Bridge, header: Header) -> None:
+        """One part's; every camera's part of this number where the bridge names no camera."""
         epoch, seq, camera = header.get("epoch"), header.get("seq"), header.get("camera")
-        for key in [k for k in bridge.unacked if k[1:] == (epoch, seq) and camera in (None, k[0])]:
-            del bridge.unacked[key]
+        if isinstance(camera, str) and isinstance(epoch, str) and type(seq) is int:
+            bridge.unacked.pop((camera, epoch, seq), None)
+        elif camera is None:
+            for key in [key for key in bridge.unacked if key[1:] == (epoch, seq)]:
+                del bridge.unacked[key]
 
     def _note_nonce(self, bridge: bytes, nonce: object) -> None:
         if isinstance(nonce, str) and len(nonce) <= _MOST_NONCE_CHARACTERS:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from heapq import nsmallest
 from pathlib import Path
 
 from daemon.types import Header
@@ -20,6 +23,7 @@ from daemon.types import Header
 log = logging.getLogger("inspectd.recorder")
 
 _MOST_WAITING_BYTES = 64 << 20
+_NAMES_AT_ONCE = 1024  # a folder of a million names would stay in the daemon's memory for good
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -42,7 +46,7 @@ class Recorder:
         self._waiting: deque[Reject] = deque()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
-        self._used_bytes = sum(map(_size, folder.rglob("*")))
+        self._used_bytes = _size_bytes(folder)
         self.dropped = 0
 
     def submit(self, reject: Reject) -> None:
@@ -97,27 +101,43 @@ class Recorder:
         """Delete the oldest files until what is left fits; what cannot be deleted is passed over."""
         if self._used_bytes <= self._keep_bytes:
             return
-        # Names begin with the time, so the sorted order is the order of recording. A twentieth more than is needed
-        # goes, so that the folder is not looked through again with the next reject.
-        for path in sorted(p for p in self._folder.rglob("*") if p.is_file()):
-            if self._used_bytes <= 0.95 * self._keep_bytes:
-                return
-            try:
-                size = path.stat().st_size
-                path.unlink()
-                self._used_bytes -= size
-                if path.parent != self._folder and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
-            except OSError as error:
-                log.warning("recorder cannot make room: %s", error)
-        self._used_bytes = sum(map(_size, self._folder.rglob("*")))
+        # A twentieth more than is needed goes, so that the folder is not looked through again with the next reject.
+        wanted_bytes = 0.95 * self._keep_bytes
+        for day in _days(self._folder):
+            for path in _oldest_first(day):
+                if self._used_bytes <= wanted_bytes:
+                    return
+                try:
+                    size_bytes = path.stat().st_size
+                    path.unlink()
+                    self._used_bytes -= size_bytes
+                except OSError as error:
+                    log.warning("recorder cannot make room: %s", error)
+            with suppress(OSError):  # not empty
+                day.rmdir()
+        self._used_bytes = _size_bytes(self._folder)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:
-        return 0
+def _days(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _oldest_first(day: Path) -> Iterator[Path]:
+    """A day's files in the order of recording, which is that of their names; a few names in memory at a time."""
+    last = ""
+    while names := nsmallest(_NAMES_AT_ONCE, (entry.name for entry in os.scandir(day) if entry.name > last)):
+        yield from (day / name for name in names)
+        last = names[-1]
+
+
+def _size_bytes(folder: Path) -> int:
+    """What is recorded; files that lie beside the days' folders are not the recorder's."""
+    used_bytes = 0
+    for day in _days(folder):
+        for entry in os.scandir(day):
+            with suppress(OSError):  # somebody else deletes, too
+                used_bytes += entry.stat(follow_symlinks=False).st_size
+    return used_bytes
 
 
 def _day(time_ns: int) -> str:
