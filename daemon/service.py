@@ -44,7 +44,7 @@ log = logging.getLogger("inspectd.service")
 
 EXIT_HUNG = 70
 _MOST_WAIT_MS = 50  # the loop looks at hangs, watchdog and metrics at least this often
-_MOST_AT_ONCE = 16  # messages taken from one socket before the others are looked at
+_MOST_AT_ONCE = 4  # messages taken from one socket before the others, and the deadlines, are looked at
 _DRAIN_S = 30.0
 _LINGER_MS = 500
 _LOADING_S = 10.0  # for an engine that is just being loaded when the daemon ends

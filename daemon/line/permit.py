@@ -8,12 +8,15 @@ so a message that waited in a buffer cannot be believed late, and no two clocks 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from daemon.types import Header
 
 RESEND_MS = 50  # the first time, then 100, 200, and 400 for good
 _MOST_DOUBLINGS = 3
+_MOST_RESENT = 64  # at once, of all bridges: deadlines wait while they are sent
 MOST_UNACKED = 1024  # a bridge that acknowledges nothing loses the oldest: they would expire anyway
 _FORGET_BRIDGE_MS = 10_000
 _MOST_NONCE_CHARACTERS = 128
@@ -27,6 +30,11 @@ class _Waiting:
     expires_ns: int
     sent_ns: int
     times: int = 1
+
+    @property
+    def next_ns(self) -> int:
+        """Ever more rarely: where acknowledgements stay away under load, repetitions must not add to it."""
+        return self.sent_ns + (RESEND_MS << min(self.times - 1, _MOST_DOUBLINGS)) * 1_000_000
 
 
 @dataclass
@@ -98,7 +106,8 @@ class PermitDesk:
         outgoing: list[Outgoing] = []
         if now_ns >= self._next_resend_ns:
             self._next_resend_ns = now_ns + RESEND_MS * 1_000_000 // 5
-            outgoing = [item for identity in self._bridges for item in self._resend(identity, now_ns)]
+            share = max(1, _MOST_RESENT // max(1, len(self._bridges)))
+            outgoing = [item for identity in self._bridges for item in self._resend(identity, share, now_ns)]
         if now_ns >= self._next_beat_ns:
             self._next_beat_ns = now_ns + self._heartbeat_ns
             beat = {"type": "HEARTBEAT", "run": self._run, **self.condition}
@@ -122,20 +131,18 @@ class PermitDesk:
     def _tell_birth(self, bridge: bytes) -> Outgoing:
         return bridge, {"type": "BIRTH", "run": self._run, **self._birth, **self._echo(bridge)}
 
-    def _resend(self, identity: bytes, now_ns: int) -> list[Outgoing]:
+    def _resend(self, identity: bytes, most: int, now_ns: int) -> Iterator[Outgoing]:
+        """At most so many again, those first that were sent longest ago; what expired is forgotten."""
         bridge = self._bridges[identity]
         for key in [key for key, waiting in bridge.unacked.items() if waiting.expires_ns <= now_ns]:
             del bridge.unacked[key]
-        again = []
-        for waiting in bridge.unacked.values():
-            # Ever more rarely: where acknowledgements stay away under load, repetitions must not add to it.
-            if now_ns - waiting.sent_ns >= (RESEND_MS << min(waiting.times - 1, _MOST_DOUBLINGS)) * 1_000_000:
-                waiting.sent_ns = now_ns
-                waiting.times += 1
-                # The new nonce is younger than the verdict: what is left of its validity is counted from there.
-                left_ms = (waiting.expires_ns - now_ns) // 1_000_000
-                again.append((identity, {**waiting.header, "validMs": left_ms, **self._echo(identity)}))
-        return again
+        due = [waiting for waiting in bridge.unacked.values() if waiting.next_ns <= now_ns]
+        for waiting in nsmallest(most, due, key=lambda waiting: waiting.sent_ns):
+            waiting.sent_ns = now_ns
+            waiting.times += 1
+            # The new nonce is younger than the verdict: what is left of its validity is counted from there.
+            left_ms = (waiting.expires_ns - now_ns) // 1_000_000
+            yield identity, {**waiting.header, "validMs": left_ms, **self._echo(identity)}
 
     def _acknowledge(self, bridge: _Bridge, header: Header) -> None:
         """One part's; every camera's part of this number where the bridge names no camera."""
