@@ -1094,3 +1094,29 @@ def test_jpeg_whose_scans_would_hold_up_the_line_is_refused() -> None:
     assert decode(frame(0)).pixels.shape == (40, 40, 1)
     with pytest.raises(FrameError, match=rf"the jpeg has {scans + 100} scans, at most 32 are decoded"):
         decode(frame(100))
+
+
+def png_with(chunk: bytes) -> RawFrame:
+    data = cv2.imencode(".png", np.zeros((40, 40), np.uint8))[1].tobytes()
+    after_header = 8 + 25
+    payload = memoryview(data[:after_header] + chunk + data[after_header:])
+    return RawFrame("c", "e", 1, None, 1, "png", (40, 40), "Mono8", None, payload)
+
+
+def png_chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:
+    claimed = len(data) if length is None else length
+    return struct.pack(">I", claimed) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_png_whose_chunk_claims_more_than_there_is_never_reaches_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 bytes that claimed a chunk of 1.6 GB took as much memory."""
+    assert decode(png_with(png_chunk(b"tEXt", b"a\0b"))).pixels.shape == (40, 40, 1)
+    monkeypatch.setattr("daemon.inspection.decode.cv2.imdecode", lambda *_: pytest.fail("decoded"))
+    for length in (1_600_000_000, 2**32 - 1, 200):
+        with pytest.raises(FrameError, match="the png is cut short"):
+            decode(png_with(png_chunk(b"tEXt", b"a\0b", length)))
+
+
+def test_png_of_very_many_chunks_is_given_up() -> None:
+    with pytest.raises(FrameError, match="the png is cut short"):
+        decode(png_with(png_chunk(b"tEXt", b"a\0b") * 20_000))

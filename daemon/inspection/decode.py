@@ -17,6 +17,7 @@ from daemon.types import Frame, PixelArray, RawFrame
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MOST_SEGMENTS = 4096  # and fill bytes; a camera's JPEG has a dozen, a hostile one millions
 _MOST_SCANS = 32  # a progressive JPEG has some ten; each costs a pass over all pixels, and a hostile one has thousands
+_MOST_CHUNKS = 16_384  # of a PNG; libpng writes 8 KB each, so that 128 MB are within
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, all codings
 
 
@@ -131,7 +132,21 @@ def is_cut_short(data: bytes) -> bool:
     """
     if data.startswith(b"\xff\xd8"):
         return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    return data.startswith(_PNG_MAGIC) and b"IEND" not in data
+    return data.startswith(_PNG_MAGIC) and not _ends_whole(data)
+
+
+def _ends_whole(png: bytes) -> bool:
+    """Whether every chunk up to IEND is there: OpenCV 5 takes memory for the length that a chunk claims, up to 2 GB."""
+    position = len(_PNG_MAGIC)
+    for _ in range(_MOST_CHUNKS):
+        if position + 12 > len(png):
+            return False
+        (length,) = struct.unpack_from(">I", png, position)
+        kind = png[position + 4 : position + 8]
+        position += 12 + length
+        if kind == b"IEND":
+            return position <= len(png)
+    return False
 
 
 def lossless(raw: RawFrame) -> tuple[str, bytes]:
