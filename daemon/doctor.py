@@ -19,7 +19,7 @@ from daemon.errors import InspectError
 from daemon.inspection.backend import open_backend
 from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pipeline
-from daemon.keys import Peer, PeerFile, load_keyring, load_peer_file, load_trusted
+from daemon.keys import Peer, PeerFile, load_keyring, load_peer_file, load_peers, load_trusted, server_public_key
 from daemon.line.sockets import handshake
 
 State = Literal["ok", "WARN", "FAIL"]
@@ -60,15 +60,15 @@ def examine_peer(config_path: Path, peer_file: Path) -> list[Finding]:
 
 def _peer_keys(config: Config, keys: PeerFile, source: Path) -> Iterator[Finding]:
     folder = config.security.keys
-    keyring = load_keyring(folder)
+    server_key, peers = server_public_key(folder), load_peers(folder)
     if zmq.curve_public(keys.secretKey.encode()).decode() != keys.publicKey:
         yield Finding("FAIL", f"{source}: its publicKey does not belong to its secretKey; was it put together by hand?")
-    if keys.serverKey == keyring.server.publicKey:
-        yield Finding("ok", f"{source}: serverKey is the public key of {folder / 'server.yaml'}")
+    if keys.serverKey == server_key:
+        yield Finding("ok", f"{source}: serverKey is the daemon's public key")
     else:
-        wanted = f"wanted {keyring.server.publicKey} as in {folder / 'server.yaml'}"
+        wanted = f"wanted {server_key}, the daemon's"
         yield Finding("FAIL", f"{source}: serverKey is {keys.serverKey}, {wanted}; make a new file with keygen peer")
-    peer = keyring.peer(keys.publicKey)
+    peer = next((peer for peer in peers if peer.publicKey == keys.publicKey), None)
     if peer is None:
         told = f"{source}: publicKey {keys.publicKey} is not in {folder / 'peers.yaml'}"
         yield Finding("FAIL", f"{told}; make a new file with: inspectd keygen peer NAME --role ...")
@@ -145,10 +145,16 @@ def _keys(config: Config) -> Iterator[Finding]:
     yield Finding("ok", f"keys: {len(load_trusted(folder / 'trusted.yaml'))} trusted engine builder(s)")
     if not any(endpoint.uses_curve for _, endpoint in config.endpoints()):
         return
-    keyring = load_keyring(folder)
-    for peer in keyring.peers:
+    server_public_key(folder)
+    if not (folder / "server.yaml").exists():
+        told = f"keys: {folder / 'server.yaml'} is not here, only its public half is"
+        yield Finding("WARN", f"{told}; the service must get it as the credential server.yaml (docs/install.md)")
+    else:
+        load_keyring(folder)
+    peers = load_peers(folder)
+    for peer in peers:
         yield Finding("ok", f"peer {peer.name}: {', '.join(peer.roles)} on {', '.join(peer.topics)}")
-    roles = {role for peer in keyring.peers for role in peer.roles}
+    roles = {role for peer in peers for role in peer.roles}
     if "camera" not in roles:
         yield Finding("WARN", "keys: no peer may be a camera; inspectd keygen peer NAME --role camera")
 

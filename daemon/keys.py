@@ -2,10 +2,11 @@
 
     signing.key    Ed25519 private key, PEM, 0600      trusted.yaml  [{name, publicKey}]
     server.yaml    the daemon's CURVE pair, 0600       peers.yaml    [{name, publicKey, roles, topics}]
+    server.public.yaml  the public half of it; stays where server.yaml is moved to a systemd credential, which comes
+                        before the folder's
     NAME.peer.yaml one peer's CURVE pair and the server's public key, 0600: what is carried to that machine
 
-Secrets are written with 0600 from the first byte and refused when others can read them. A service may get server.yaml
-as a systemd credential instead, which then comes before the folder's.
+Secrets are written with 0600 from the first byte and refused when others can read them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from daemon.yamlfile import YamlError, parse_yaml
 
 Role = Literal["camera", "subscriber", "bridge"]
 _Model = TypeVar("_Model")
+_SERVER_PUBLIC = "server.public.yaml"
 
 
 def _is_z85(key: str) -> str:
@@ -85,8 +87,11 @@ class Peer(_Strict):
         return role in self.roles and (topic is None or any(fnmatchcase(topic, pattern) for pattern in self.topics))
 
 
-class CurvePair(_Strict):
+class CurvePublic(_Strict):
     publicKey: _Z85_KEY
+
+
+class CurvePair(CurvePublic):
     secretKey: Annotated[_Z85_KEY, Field(repr=False)]
 
 
@@ -110,6 +115,15 @@ class Keyring:
 def load_keyring(folder: Path) -> Keyring:
     """The server's pair and the peers. Raises ConfigError where one is missing, unreadable or open to others."""
     server = _load_server(folder)
+    public_file = folder / _SERVER_PUBLIC
+    if public_file.exists() and (told := _load(public_file, CurvePublic).publicKey) != server.publicKey:
+        problem = f"has {told}, which peers were given; the daemon's own is {server.publicKey}"
+        raise ConfigError(str(public_file), [f"{problem}: bring the key that belongs to it, or delete this file"])
+    return Keyring(server, load_peers(folder))
+
+
+def load_peers(folder: Path) -> tuple[Peer, ...]:
+    """Who may connect; nobody where there is no list. Raises ConfigError."""
     peers_file = folder / "peers.yaml"
     peers = (
         _load(peers_file, list[Peer], hint="make one with: inspectd keygen peer NAME") if peers_file.exists() else []
@@ -120,7 +134,14 @@ def load_keyring(folder: Path) -> Keyring:
     ]
     if twice:
         raise ConfigError(str(peers_file), twice)
-    return Keyring(server, tuple(peers))
+    return tuple(peers)
+
+
+def server_public_key(folder: Path) -> str:
+    """What peers are given; known also where the pair is a credential. Raises ConfigError."""
+    if not (folder / "server.yaml").exists() and (folder / _SERVER_PUBLIC).exists():
+        return _load(folder / _SERVER_PUBLIC, CurvePublic).publicKey
+    return _load_server(folder).publicKey
 
 
 def _load_server(folder: Path) -> CurvePair:
@@ -166,23 +187,34 @@ def make_signing_key(folder: Path, name: str = "local") -> Ed25519PrivateKey:
     public = base64.b64encode(key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()
     trusted_file = folder / "trusted.yaml"
     trusted = load_trusted(trusted_file) if trusted_file.exists() else []
-    _write_list(trusted_file, [*trusted, TrustedKey(name=name, publicKey=public)])
+    listed = [*trusted, TrustedKey(name=name, publicKey=public)]
+    _write_public(trusted_file, [entry.model_dump() for entry in listed])
     return key
 
 
 def make_server_key(folder: Path) -> CurvePair:
-    """The daemon's CURVE pair, made where there is none yet."""
-    path = folder / "server.yaml"
+    """The daemon's CURVE pair, made where there is none yet. Raises ConfigError where only its public half is here."""
+    path, public_file = folder / "server.yaml", folder / _SERVER_PUBLIC
     if path.exists():
-        return _load(path, CurvePair, secret=True)
-    pair = _new_pair()
-    _write_secret(path, _dump(pair.model_dump()))
+        pair = _load(path, CurvePair, secret=True)
+    elif public_file.exists():
+        raise ConfigError(
+            str(public_file),
+            [f"is there and {path} is not: the pair is kept elsewhere; delete this file to make another"],
+        )
+    else:
+        pair = _new_pair()
+        _write_secret(path, _dump(pair.model_dump()))
+    if not public_file.exists():
+        _write_public(public_file, CurvePublic(publicKey=pair.publicKey).model_dump())
     return pair
 
 
 def make_peer(folder: Path, name: str, roles: list[Role], topics: list[str]) -> Path:
     """A new peer in peers.yaml, and the file to carry to its machine. Raises ConfigError if the name is taken."""
-    server = make_server_key(folder)
+    if not (folder / _SERVER_PUBLIC).exists():
+        make_server_key(folder)
+    server_key = server_public_key(folder)
     peers_file = folder / "peers.yaml"
     peers = _load(peers_file, list[Peer]) if peers_file.exists() else []
     if any(peer.name == name for peer in peers):
@@ -194,8 +226,8 @@ def make_peer(folder: Path, name: str, roles: list[Role], topics: list[str]) -> 
         raise ConfigError("keygen peer", _faults(error)) from error
     path = folder / f"{name}.peer.yaml"
     path.unlink(missing_ok=True)  # of an entry that was taken out of peers.yaml
-    _write_secret(path, _dump({**pair.model_dump(), "serverKey": server.publicKey}))
-    _write_list(peers_file, [*peers, peer])
+    _write_secret(path, _dump({**pair.model_dump(), "serverKey": server_key}))
+    _write_public(peers_file, [entry.model_dump() for entry in (*peers, peer)])
     return path
 
 
@@ -251,11 +283,11 @@ def _write_secret(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _write_list(path: Path, entries: list[Any]) -> None:
-    """Replace a public list in one step, so that no reader sees half of it."""
+def _write_public(path: Path, data: Any) -> None:
+    """Replace a public file in one step, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(_dump([entry.model_dump() for entry in entries]))
+    partial.write_bytes(_dump(data))
     partial.chmod(0o644)  # public, and nobody else's to write, whatever the umask
     partial.replace(path)
 

@@ -407,10 +407,20 @@ def test_doctor_fails_where_the_daemon_would_not_start(
 
 def test_doctor_asks_everything_also_when_the_keys_are_bad(inspectd: Inspectd, site: Site) -> None:
     (site.folder / "keys" / "server.yaml").unlink()
+    (site.folder / "keys" / "server.public.yaml").unlink()
     ended = inspectd("doctor", "--config", site.folder / "config.yaml")
     assert ended.code == 78
     assert any("engine part" in line for line in findings(ended, "ok"))
     assert any("ledger:" in line for line in findings(ended, "ok"))
+
+
+def test_doctor_says_that_a_server_key_which_is_elsewhere_must_come_as_a_credential(
+    inspectd: Inspectd, site: Site
+) -> None:
+    (site.folder / "keys" / "server.yaml").unlink()
+    ended = inspectd("doctor", "--config", site.folder / "config.yaml")
+    assert ended.code == 0, ended.out
+    assert any("as the credential server.yaml" in line for line in findings(ended, "WARN"))
 
 
 def test_doctor_asks_for_no_server_key_where_no_socket_needs_one(inspectd: Inspectd, site: Site) -> None:

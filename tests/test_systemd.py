@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from daemon.errors import ConfigError
-from daemon.keys import load_keyring, make_server_key
+from daemon.keys import load_keyring, load_peer_file, make_peer, make_server_key
 from daemon.service import _DRAIN_S
 from tests.bundles import bad_pixels, raw_frame
 from tests.daemons import ROOT, make_site
@@ -172,9 +172,10 @@ def test_the_rules_refuse_what_they_should():
 
 @pytest.fixture
 def keys(tmp_path, monkeypatch):
-    """A key folder, and a credentials folder with another server key, as systemd hands it over."""
+    """A key folder, and a credentials folder with another server key, as systemd hands it over; peers know that one."""
     make_server_key(tmp_path / "keys")
     make_server_key(tmp_path / "credentials")
+    (tmp_path / "credentials/server.public.yaml").replace(tmp_path / "keys/server.public.yaml")
     credential = tmp_path / "credentials/server.yaml"
     credential.chmod(0o440)  # 0400 and an access list for the service's user
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credential.parent))
@@ -186,13 +187,34 @@ def test_the_credential_comes_before_the_key_folder(keys, monkeypatch):
     given = load_keyring(folder).server
     assert given.secretKey in credential.read_text()
     monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    (folder / "server.public.yaml").unlink()
     assert load_keyring(folder).server.secretKey in (folder / "server.yaml").read_text()
     assert load_keyring(folder).server != given
+
+
+def test_a_credential_that_peers_do_not_know_is_refused(keys):
+    folder, _ = keys
+    (folder / "server.public.yaml").unlink()
+    make_server_key(folder)  # what peers are given now is the folder's
+    with pytest.raises(ConfigError, match=r"server.public.yaml: has .*, which peers were given; the daemon's own is"):
+        load_keyring(folder)
+
+
+def test_peers_can_be_made_where_the_servers_key_is_a_credential(keys):
+    folder, credential = keys
+    (folder / "server.yaml").unlink()
+    peer = load_peer_file(make_peer(folder, "cam1", ["camera"], ["*"]))
+    assert peer.serverKey in credential.read_text()
+    assert load_keyring(folder).peers[0].publicKey == peer.publicKey
+    with pytest.raises(ConfigError, match="the pair is kept elsewhere; delete this file to make another"):
+        make_server_key(folder)
+    assert not (folder / "server.yaml").exists()
 
 
 def test_without_a_credential_of_that_name_the_key_folder_counts(keys):
     folder, credential = keys
     credential.rename(credential.with_name("other.yaml"))
+    (folder / "server.public.yaml").unlink()
     assert load_keyring(folder).server.secretKey in (folder / "server.yaml").read_text()
 
 

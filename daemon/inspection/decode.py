@@ -141,7 +141,7 @@ def _ends_whole(png: bytes) -> bool:
     for _ in range(_MOST_CHUNKS):
         if position + 12 > len(png):
             return False
-        (length,) = struct.unpack_from(">I", png, position)
+        length = int.from_bytes(png[position : position + 4], "big")
         kind = png[position + 4 : position + 8]
         position += 12 + length
         if kind == b"IEND":
