@@ -24,7 +24,10 @@ log = logging.getLogger("inspectd.sockets")
 
 _ZAP_DOMAIN = b"inspectd"
 _FRAMES_A_PEER = 4  # receive high-water mark: with MAXMSGSIZE this bounds what a peer can pile up
-_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000  # a peer whose cable was pulled is gone after this
+# A peer whose cable was pulled, or that reads nothing, is gone after this. The kernel sees to it: with heartbeats of
+# its own libzmq (4.3.5) ends the process when a peer goes whose messages fill its queue.
+_PEER_GONE_S = 5
+_PROBE_S = 1
 _HANDSHAKE_MS = 5000  # a stranger that connects and says nothing holds a descriptor this long, not libzmq's 30 s
 _SELF_TEST_MS = 2000
 
@@ -117,8 +120,7 @@ def bind(
     socket.set(zmq.RCVHWM, bounds.receive)
     socket.set(zmq.SNDHWM, bounds.send)
     if endpoint.bind.startswith("tcp://"):
-        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        _notice_silence(socket)
         socket.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
     if endpoint.uses_curve:
         if keyring is None:
@@ -206,13 +208,21 @@ def _client(
     socket = context.socket(kind)
     socket.linger = 0
     if address.startswith("tcp://"):
-        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        _notice_silence(socket)
     if keys is not None and address.startswith("tcp://"):
         socket.curve_publickey = keys.publicKey.encode()
         socket.curve_secretkey = keys.secretKey.encode()
         socket.curve_serverkey = keys.serverKey.encode()
     return socket
+
+
+def _notice_silence(socket: zmq.Socket[bytes]) -> None:
+    """End connections whose other side is not there any more, whether something is to be sent to it or not."""
+    socket.set(zmq.TCP_KEEPALIVE, 1)
+    socket.set(zmq.TCP_KEEPALIVE_IDLE, _PROBE_S)
+    socket.set(zmq.TCP_KEEPALIVE_INTVL, _PROBE_S)
+    socket.set(zmq.TCP_KEEPALIVE_CNT, _PEER_GONE_S - 1)
+    socket.set(zmq.TCP_MAXRT, 1000 * _PEER_GONE_S)
 
 
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
