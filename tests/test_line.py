@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -22,6 +21,7 @@ from daemon.types import Header
 from tests.bundles import bad_pixels, good_pixels, raw_frame
 from tests.daemons import Site, make_site, tcp
 from tests.faulty_daemon import HANG, NOT_A_NUMBER, SLOW, THROW
+from tests.lines import ordered, send, wait_for
 
 DEADLINE_MS = 300
 
@@ -59,25 +59,6 @@ def after_each_the_line_goes_on(line: Line) -> None:
     good = send(line, max([*line.parts, *told, -1]) + 1)
     wait_for(line, lambda: bool(good.results))
     assert (good.results[0]["outcome"], good.results[0]["reason"]) == ("PASS", None)
-
-
-def wait_for(line: Line, condition, timeout_s: float = 10.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "what was waited for did not come"
-        line.pump(10)
-
-
-def ordered(order: int, seed: int = 0):
-    """A good frame whose first pixel carries an order to the faulty backend."""
-    pixels = good_pixels(seed)
-    pixels[0, 0, 0] = order
-    return pixels
-
-
-def send(line: Line, seq: int, pixels=None, **changes):
-    frame = raw_frame(good_pixels(seq) if pixels is None else pixels, camera=line.camera, epoch=line.epoch, seq=seq)
-    return line.send(replace(frame, **changes))
 
 
 def settled(line: Line, part) -> Header:

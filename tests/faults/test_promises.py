@@ -8,44 +8,15 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 
-from adapters.line import Line, disagreements
-from tests.bundles import good_pixels, raw_frame
+from adapters.line import disagreements
 from tests.daemons import ROOT, Site, make_site
 from tests.faulty_daemon import HANG, SLOW
-
-DEADLINE_MS = 250
-
-
-def ordered(order: int):
-    pixels = good_pixels()
-    pixels[0, 0, 0] = order
-    return pixels
-
-
-def faulty_site(folder: Path) -> Site:
-    site = make_site(folder)
-    site.program = [sys.executable, "-m", "tests.faulty_daemon"]
-    site.config["cameras"]["cam1"]["deadline_ms"] = DEADLINE_MS
-    return site
-
-
-def send(line: Line, seq: int, pixels=None):
-    return line.send(raw_frame(good_pixels(seq) if pixels is None else pixels, epoch=line.epoch, seq=seq))
-
-
-def pump_until(line: Line, condition, timeout_s: float) -> bool:
-    until = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < until:
-        line.pump(10)
-    return condition()
-
+from tests.lines import FAULTY_DEADLINE_MS, assert_books_balance, faulty_site, ordered, pump_until, send, stream
 
 # -- the scenarios: an AssertionError is a broken promise -----------------------------------------------
 
@@ -72,7 +43,7 @@ def late_is_said_while_the_inference_hangs(site: Site) -> None:
         behind = send(line, 1)
         assert pump_until(line, lambda: bool(hanging.results) and bool(behind.results), 3), "silence while it hangs"
         assert {part.results[0]["reason"] for part in (hanging, behind)} == {"LATE"}
-        assert max(part.latency_ms for part in (hanging, behind)) < 2 * DEADLINE_MS
+        assert max(part.latency_ms for part in (hanging, behind)) < 2 * FAULTY_DEADLINE_MS
     site.kill()
 
 
@@ -217,23 +188,3 @@ def test_a_daemon_stopped_for_a_second_tells_late_and_goes_on(tmp_path):
         assert good.results[0]["outcome"] == "PASS"
         assert disagreements(line, set()) == []
     assert site.stop() == 0
-
-
-def stream(line: Line, numbers: range, rate: float) -> None:
-    for seq in numbers:
-        send(line, seq)
-        line.pump(1000 / rate)
-
-
-def assert_books_balance(site: Site) -> None:
-    done = site.run_command("ledger", "--verify")
-    assert done.returncode == 0, done.stdout
-    assert "in flight 0" in done.stdout
-    verdicts: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for record in site.journal():
-        if record["t"] == "verdict":
-            for seq in range(record["seq"], record.get("seqTo", record["seq"]) + 1):
-                verdicts[record["epoch"], seq].append(record["outcome"])
-    accepted = {(record["epoch"], record["seq"]) for record in site.journal() if record["t"] == "accept"}
-    assert accepted <= set(verdicts), "an accepted part has no verdict"
-    assert {len(told) for told in verdicts.values()} == {1}, "a part has two verdicts in the journal"
