@@ -6,6 +6,8 @@ After each test the next good frame must be inspected as usual: `after_each_the_
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 import time
 
@@ -404,6 +406,28 @@ def test_metrics_count_what_happened(site):
         assert rise('inspectd_verdicts_total{camera="cam1",outcome="REJECT",reason="MISSING"}') == 2
         assert rise('inspectd_sequence_gaps_total{camera="cam1"}') == 2
         assert rise('inspectd_frames_refused_total{camera="cam1",reason="DUPLICATE"}') == 1
+
+
+def promtool_on(metrics: bytes) -> tuple[int, bytes]:
+    done = subprocess.run(["promtool", "check", "metrics"], input=metrics, capture_output=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+def test_promtool_has_nothing_to_say_of_a_live_scrape(site):
+    from urllib.request import urlopen
+
+    with site.line() as line:
+        settled(line, send(line, 0))
+        settled(line, send(line, 2, bad_pixels()))
+        refusal(line, send(line, 2))
+        metrics = urlopen(f"http://{site.config['metrics']['bind']}/metrics").read()
+    assert b'inspectd_verdicts_total{camera="cam1",outcome="REJECT",reason="MISSING"}' in metrics
+    assert promtool_on(metrics) == (0, b"")
+    # It would say something: a counter that is not named as one.
+    code, said = promtool_on(metrics.replace(b"inspectd_verdicts_total", b"inspectd_verdicts"))
+    assert code != 0
+    assert b'should have "_total" suffix' in said
 
 
 def test_rejected_frames_are_recorded_lossless(site):
