@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -12,7 +13,7 @@ from typing import Any
 
 from adapters.line import Line, SentPart, disagreements
 from tests.bundles import Pixels, good_pixels, raw_frame
-from tests.daemons import Site, make_site
+from tests.daemons import ROOT, Site, make_site
 
 FAULTY_DEADLINE_MS = 250
 
@@ -23,6 +24,16 @@ def faulty_site(folder: Path) -> Site:
     site.program = [sys.executable, "-m", "tests.faulty_daemon"]
     site.config["cameras"]["cam1"]["deadline_ms"] = FAULTY_DEADLINE_MS
     return site
+
+
+def mutate(site: Site, file: str, heart: str, mutation: str) -> None:
+    """Let the site run a copy of the daemon in which `heart` is replaced."""
+    # The site's own folder comes first in the import order of `python -m`, so this copy is what runs.
+    shutil.copytree(ROOT / "daemon", site.folder / "daemon", ignore=shutil.ignore_patterns("__pycache__"))
+    source = site.folder / "daemon" / file
+    text = source.read_text()
+    assert text.count(heart) == 1, "the mutation does not fit the code any more"
+    source.write_text(text.replace(heart, mutation))
 
 
 def ordered(order: int, seed: int = 0) -> Pixels:

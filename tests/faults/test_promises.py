@@ -6,7 +6,6 @@ LATE are what promises 1 and 2 forbid, and the same scenario that passes on the 
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections import Counter, defaultdict
@@ -14,9 +13,9 @@ from collections import Counter, defaultdict
 import pytest
 
 from adapters.line import disagreements
-from tests.daemons import ROOT, Site, make_site
+from tests.daemons import Site, make_site
 from tests.faulty_daemon import HANG, SLOW
-from tests.lines import FAULTY_DEADLINE_MS, assert_books_balance, faulty_site, ordered, pump_until, send, stream
+from tests.lines import FAULTY_DEADLINE_MS, assert_books_balance, faulty_site, mutate, ordered, pump_until, send, stream
 
 # -- the scenarios: an AssertionError is a broken promise -----------------------------------------------
 
@@ -86,13 +85,8 @@ def test_the_daemon_keeps_its_promise(tmp_path, scenario):
     ids=["settle keeps the part", "settle speaks twice", "the loop forgets the time", "nothing is ever due"],
 )
 def test_a_mutated_daemon_is_caught(tmp_path, scenario, file, heart, mutation):
-    # The site's own folder comes first in the import order of `python -m`, so this copy is what runs.
-    shutil.copytree(ROOT / "daemon", tmp_path / "daemon", ignore=shutil.ignore_patterns("__pycache__"))
-    source = tmp_path / "daemon" / file
-    text = source.read_text()
-    assert text.count(heart) == 1, "the mutation does not fit the code any more"
-    source.write_text(text.replace(heart, mutation))
     site = faulty_site(tmp_path)
+    mutate(site, file, heart, mutation)
     try:
         with pytest.raises(AssertionError):
             scenario(site)
