@@ -163,7 +163,7 @@ def kill_and_start(watch: Watch, systemd: Notified) -> None:
     line.pump(watch.random.uniform(0.0, 8.0))
     site.kill()
     watch.runs[-1].killed_ns = time.monotonic_ns()
-    before, first = line.run, min((seq for seq, part in line.parts.items() if not part.results), default=0)
+    before = {header["run"] for part in line.parts.values() for header in part.results}
     systemd.heard("")
     started_ns = time.monotonic_ns()
     site.start(wait=False)
@@ -171,9 +171,9 @@ def kill_and_start(watch: Watch, systemd: Notified) -> None:
     watch.runs.append(run)
 
     def spoken() -> bool:
-        fresh = [line.parts[seq] for seq in range(first, len(line.parts)) if is_judged(line.parts[seq], before)]
-        run.first_verdict_s = min((_since(started_ns, part) for part in fresh), default=0.0)
-        return bool(fresh)
+        times_ns = [part.decided_ns or 0 for part in line.parts.values() if is_judged(part, before)]
+        run.first_verdict_s = (min(times_ns) - started_ns) / 1e9 if times_ns else 0.0
+        return bool(times_ns)
 
     def ready() -> bool:
         if systemd.heard("READY=1"):
@@ -184,13 +184,9 @@ def kill_and_start(watch: Watch, systemd: Notified) -> None:
     watch.run_until(spoken, "a verdict of the new run")
 
 
-def is_judged(part: SentPart, before: str | None) -> bool:
-    """Whether a run after `before` has looked at this part and spoken."""
-    return any(header["run"] != before and header["reason"] != "MISSING" for header in part.results)
-
-
-def _since(started_ns: int, part: SentPart) -> float:
-    return ((part.decided_ns or 0) - started_ns) / 1e9
+def is_judged(part: SentPart, before: set[str]) -> bool:
+    """Whether a run that is none of those `before` has looked at this part and spoken."""
+    return any(header["run"] not in before and header["reason"] != "MISSING" for header in part.results)
 
 
 # -- what may be wrong --------------------------------------------------------------------------------------

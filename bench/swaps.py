@@ -147,7 +147,7 @@ def latencies(line: Line, begun: int) -> list[float]:
 
 def resident_mb(pid: int) -> float:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return round(pages * os.sysconf("SC_PAGESIZE_HW") / 1e6, 1)
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
 def descriptors(pid: int) -> int:

@@ -68,9 +68,10 @@ def wait_for(line: Line, condition: Callable[[], Any], timeout_s: float = 20.0) 
 
 
 def settle(line: Line, lost: set[int] | None = None, timeout_s: float = 20.0) -> None:
-    """Wait until every part is judged on both channels: each once, and on both alike."""
+    """Wait until every part is judged on both channels: each once, on both alike, and none let pass that was not PASS."""
     wait_for(line, lambda: all(part.results and part.permits for part in line.parts.values()), timeout_s)
     assert disagreements(line, lost or set()) == []
+    assert {part.results[0]["outcome"] for part in line.parts.values() if part.believed} <= {"PASS"}
 
 
 def assert_books_balance(site: Site) -> None:
