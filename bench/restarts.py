@@ -16,10 +16,10 @@ import random
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 import click
 
 from adapters.line import Line, SentPart
-from bench.bridge_log import LoggedLease, issued_by, untrue_passes
+from bench.bridge_log import Issued, LoggedLease, issued_by, untrue_passes
 from bench.record import origin, write_result
 from bench.soak_books import ledger_rows
 from bench.swaps import ROWS, SIZE_HW, Pace
@@ -40,7 +40,6 @@ from tests.daemons import Site, make_site
 
 _PATIENCE_S = 60.0
 _WATCHED_S = 5.0  # for so long after it was sent a part is asked about at the bridge
-_UNDISTURBED_NS = 2_000_000_000  # a part sent so long before the next kill must have been heard of on every channel
 _MOST_TOLD = 10
 
 Verdict = tuple[str, str | None]
@@ -48,9 +47,8 @@ Verdict = tuple[str, str | None]
 
 @dataclass
 class Run:
-    """One life of the daemon: when its line was up again, and when it was killed."""
+    """One life of the daemon: how fast it was there, and when it was killed."""
 
-    up_ns: int
     killed_ns: int = 0
     ready_s: float = 0.0
     first_verdict_s: float = 0.0
@@ -90,12 +88,13 @@ class Watch:
                 raise InspectError(f"{what} did not come within {_PATIENCE_S:.0f} s:\n{self.site.log[-2000:]}")
             self.tick()
 
-    def run_beside(self, work: Callable[[], None]) -> None:
-        """Go on until `work` is done in a thread of its own."""
-        thread = threading.Thread(target=work)
-        thread.start()
-        while thread.is_alive():
-            self.tick()
+    def run_beside(self, work: Callable[[], list[str]]) -> None:
+        """Go on until `work` is done in a thread of its own, and keep the problems that it found."""
+        with ThreadPoolExecutor(1) as threads:
+            done = threads.submit(work)
+            while not done.done():
+                self.tick()
+        self.problems += done.result()
 
     def is_up(self) -> bool:
         """Bridge and camera are served again: the lease is fresh, and the newest parts have their verdict."""
@@ -135,16 +134,14 @@ def measure(site: Site, rounds: int, rate: float, seed: int) -> dict[str, Any]:
             line.lease = lease = LoggedLease()
             watch = Watch(site, line, lease, Pace(line, rate), random.Random(seed))
             watch.run_until(watch.is_up, "the line")
-            watch.runs.append(Run(time.monotonic_ns()))
+            watch.runs.append(Run())
             for number in range(rounds):
                 watch.run_for(watch.random.uniform(0.5, 2.0))
                 kill_and_start(watch, systemd)
                 watch.run_until(watch.is_up, "the line")
-                watch.runs[-1].up_ns = time.monotonic_ns()
-                watch.run_beside(lambda: watch.problems.extend(forgotten(watch)))
+                watch.run_beside(lambda: forgotten(watch))
                 print(f"round {number + 1}: {watch.runs[-1]}", file=sys.stderr)
             watch.run_for(1.0)
-            watch.runs[-1].killed_ns = time.monotonic_ns() + _UNDISTURBED_NS
             last = line.parts[len(line.parts) - 1]
             until = time.monotonic() + _PATIENCE_S
             while time.monotonic() < until and not (last.results and last.permits):
@@ -167,7 +164,7 @@ def kill_and_start(watch: Watch, systemd: Notified) -> None:
     systemd.heard("")
     started_ns = time.monotonic_ns()
     site.start(wait=False)
-    run = Run(0)
+    run = Run()
     watch.runs.append(run)
 
     def spoken() -> bool:
@@ -236,14 +233,17 @@ def contradictions(heard: dict[PermitKey, list[tuple[str, Verdict]]], kept: dict
     return problems
 
 
-def unheard(watch: Watch, heard: dict[PermitKey, list[tuple[str, Verdict]]]) -> list[str]:
-    """Parts that no kill stood in the way of, and that were not told on both channels."""
+def unheard(heard: dict[PermitKey, list[tuple[str, Verdict]]], issued: dict[PermitKey, Issued]) -> list[str]:
+    """Parts that were not told on a channel though the same run told earlier and later ones there, in this order."""
     problems = []
-    for part in watch.line.parts.values():
-        undisturbed = any(run.up_ns < part.sent_ns < run.killed_ns - _UNDISTURBED_NS for run in watch.runs)
-        channels = {channel for channel, _ in heard.get((watch.line.camera, watch.line.epoch, part.seq), [])}
-        if undisturbed and channels != {"results", "permits"}:
-            problems.append(f"seq {part.seq}: sent to a running daemon, told on {sorted(channels)} alone")
+    spoken: dict[str, list[PermitKey]] = defaultdict(list)
+    for key, each in issued.items():
+        spoken[each.run].append(key)
+    for channel in ("results", "permits"):
+        for keys in spoken.values():
+            there = [number for number, key in enumerate(keys) if channel in {where for where, _ in heard.get(key, [])}]
+            silent = set(range(there[0], there[-1])) - set(there) if there else set()
+            problems += [f"{keys[number]}: told before and behind it, not on {channel}" for number in sorted(silent)]
     return problems
 
 
@@ -258,7 +258,7 @@ def report(watch: Watch, rate: float) -> dict[str, Any]:
     problems = watch.problems
     if verified.returncode != 0 or "in flight 0" not in verified.stdout:
         problems.append(f"ledger --verify: exit {verified.returncode}, {verified.stdout.strip()}")
-    problems += contradictions(heard, kept) + unheard(watch, heard)
+    problems += contradictions(heard, kept) + unheard(heard, issued)
     problems += [f"{key}: sent and in no book" for key in _sent(line) - set(kept)]
     problems += untrue_passes(watch.lease.notes, issued)
     accepted = {(record["camera"], record["epoch"], record["seq"]) for record in records if record["t"] == "accept"}
