@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test check format bench accuracy limits soak swaps fuzz clean install install-venv install-files uninstall own-folder
+.PHONY: demo test test-faults check format bench accuracy limits soak swaps restarts fuzz clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -16,6 +16,9 @@ demo: .venv/.installed  ## keys, an engine from 300 solar cells, the daemon, 400
 
 test: .venv/.installed  ## everything that CI tests
 	$(BIN)/python -m pytest
+
+test-faults: .venv/.installed  ## what breaks a running daemon on purpose; part of make test
+	$(BIN)/python -m pytest tests/faults
 
 check: .venv/.installed  ## lint and types
 	$(BIN)/ruff check .
@@ -44,6 +47,9 @@ soak: .venv/.installed  ## make soak MINUTES=60; full load with faults at random
 
 swaps: .venv/.installed  ## 200 engine swaps under load; some 5 minutes
 	$(BIN)/python -m bench.swaps
+
+restarts: .venv/.installed  ## 20 rounds of kill -9 under 100 frames a second; some 2 minutes
+	$(BIN)/python -m bench.restarts
 
 RUNS ?= 1000000
 fuzz: .venv/.installed  ## make fuzz RUNS=1000000; every parser under atheris, bench/results/fuzz.json; hours

@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import openvino as ov  # here, before anything of the daemon: it goes without OpenVINO's conversion tools
 import torch
 
 
@@ -99,8 +100,6 @@ class Exported(torch.nn.Module):
 
 def export(model: Any, threads: int, precisions: list[str]) -> tuple[dict[str, Any], int]:
     """({precision: OpenVINO's request}, their batch): anomalib's own graph; batch 1 where it can be traced, else 2."""
-    import openvino as ov
-
     for batch in (1, 2):
         try:
             converted = ov.convert_model(Exported(model).eval(), example_input=torch.zeros(batch, 3, 256, 256))

@@ -31,8 +31,8 @@ from daemon.record.ledger import Ledger
 from tests.bundles import good_pixels, install_bundle, raw_frame
 from tests.daemons import Site, make_site
 
-_SIZE = (128, 128)
-_ROWS = 500
+SIZE_HW = (128, 128)
+ROWS = 500
 _QUIET_S = 0.4  # a stretch without a swap
 _PATIENCE_S = 60.0
 _SETTLED = ("active", "failed", "returned")
@@ -44,9 +44,9 @@ _SETTLED = ("active", "failed", "returned")
 def main(swaps: int, rate: float) -> None:
     """Swap to and fro under load, count, measure."""
     with tempfile.TemporaryDirectory(prefix="inspectd-swaps-") as name:
-        site = make_site(Path(name), size=_SIZE, rows=_ROWS)
+        site = make_site(Path(name), size=SIZE_HW, rows=ROWS)
         install_bundle(
-            site.folder / "engines", site.folder / "keys", "part", version="2", size=_SIZE, rows=_ROWS, seed=5
+            site.folder / "engines", site.folder / "keys", "part", version="2", size=SIZE_HW, rows=ROWS, seed=5
         )
         site.start()
         try:
@@ -105,15 +105,19 @@ class Pace:
 
     def __init__(self, line: Line, rate: float) -> None:
         self._line, self._step_s = line, 1.0 / rate
-        self._pixels = [good_pixels(seed, _SIZE) for seed in range(16)]
+        self._pixels = [good_pixels(seed, SIZE_HW) for seed in range(16)]
         self._next = time.monotonic()
 
     def tick(self) -> None:
         if time.monotonic() >= self._next:
-            seq = len(self._line.parts)
-            self._line.send(raw_frame(self._pixels[seq % 16], epoch=self._line.epoch, seq=seq))
+            self.send()
             self._next = max(self._next + self._step_s, time.monotonic() - self._step_s)
         self._line.pump(max(0.0, 1000 * (self._next - time.monotonic())))
+
+    def send(self) -> None:
+        """One frame more, now."""
+        seq = len(self._line.parts)
+        self._line.send(raw_frame(self._pixels[seq % 16], epoch=self._line.epoch, seq=seq))
 
     def run(self, seconds: float) -> None:
         until = time.monotonic() + seconds

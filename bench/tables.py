@@ -183,7 +183,7 @@ def transport_table() -> str:
 
 
 def reliability_table() -> str:
-    """Swaps, strangers and the soak: what was wanted and what was found, of those that were run."""
+    """Swaps, restarts, strangers and the soak: what was wanted and what was found, of those that were run."""
     rows: list[tuple[str, str, str]] = [("run", "wanted", "found"), ("---", "---", "---")]
     if swaps := _found("swaps.json"):
         p99 = f"p99 {swaps['p99QuietMs']:.1f} ms, during swaps {swaps['p99DuringMs']:.1f} ms"
@@ -196,6 +196,16 @@ def reliability_table() -> str:
             ),
             ("", "p99 at most twice", f"{p99}: {swaps['p99Ratio']:.1f} times"),
             ("", "no growth", f"{swaps['residentWarmMb']} to {swaps['residentEndMb']} MB, {files}"),
+        ]
+    if found := _found("restarts.json"):
+        rows += [
+            (
+                f"{found['rounds']} times kill -9 under {found['framesPerS']:g} frames a second, {found['sent']} parts",
+                "every accepted part one verdict, on the wire too; no stale or foreign PASS believed",
+                f"{found['problemsFound']} problems ({found['inFlightAtKills']} parts were in flight)",
+            ),
+            ("", "READY after at most 3 s", _seconds(found, "restartToReadySeconds")),
+            ("", "first verdict after at most 3.5 s", _seconds(found, "restartToFirstVerdictSeconds")),
         ]
     if found := _found("strangers.json"):
         p99 = f"p99 {found['before']['p99Ms']:.1f} ms, during the flood {found['during']['p99Ms']:.1f} ms"
@@ -213,6 +223,10 @@ def reliability_table() -> str:
             ("", "no growth of descriptors", f"{soak['openFilesWarm']} to {soak['openFilesEnd']}"),
         ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _seconds(found: dict[str, Any], name: str) -> str:
+    return f"median {found[f'{name}Median']:.1f} s, most {found[f'{name}Max']:.1f} s"
 
 
 def _found(name: str) -> dict[str, Any]:

@@ -6,13 +6,12 @@ Run as `python -m tests.faulty_daemon run --config ...`; everything else is the 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 
 from daemon.cli import main
 from daemon.inspection.backend.cpu import CpuBackend
-from daemon.types import AnomalyMap, Frame, PatchScores, Repaired, Tensor
+from daemon.types import Frame, PatchScores, Repaired, Tensor
 
 SLOW, THROW, NOT_A_NUMBER, HANG = 1, 2, 3, 4
 SLOW_S = 0.8
@@ -34,11 +33,10 @@ class FaultyBackend(CpuBackend):
             time.sleep(3600)
         elif self._order == THROW:
             raise RuntimeError("the frame ordered an error")
-        return super().infer(tensor)
-
-    def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
-        anomaly = super().postprocess(outputs, frame_hw)
-        return replace(anomaly, score=float(np.nan)) if self._order == NOT_A_NUMBER else anomaly
+        repaired, patches = super().infer(tensor)
+        if self._order == NOT_A_NUMBER and patches is not None:
+            patches.values[-1] = np.nan  # one of them is enough
+        return repaired, patches
 
 
 if __name__ == "__main__":

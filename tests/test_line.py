@@ -6,9 +6,10 @@ After each test the next good frame must be inspected as usual: `after_each_the_
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from daemon.types import Header
 from tests.bundles import bad_pixels, good_pixels, raw_frame
 from tests.daemons import Site, make_site, tcp
 from tests.faulty_daemon import HANG, NOT_A_NUMBER, SLOW, THROW
+from tests.lines import ordered, send, wait_for
 
 DEADLINE_MS = 300
 
@@ -59,25 +61,6 @@ def after_each_the_line_goes_on(line: Line) -> None:
     good = send(line, max([*line.parts, *told, -1]) + 1)
     wait_for(line, lambda: bool(good.results))
     assert (good.results[0]["outcome"], good.results[0]["reason"]) == ("PASS", None)
-
-
-def wait_for(line: Line, condition, timeout_s: float = 10.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "what was waited for did not come"
-        line.pump(10)
-
-
-def ordered(order: int, seed: int = 0):
-    """A good frame whose first pixel carries an order to the faulty backend."""
-    pixels = good_pixels(seed)
-    pixels[0, 0, 0] = order
-    return pixels
-
-
-def send(line: Line, seq: int, pixels=None, **changes):
-    frame = raw_frame(good_pixels(seq) if pixels is None else pixels, camera=line.camera, epoch=line.epoch, seq=seq)
-    return line.send(replace(frame, **changes))
 
 
 def settled(line: Line, part) -> Header:
@@ -423,6 +406,28 @@ def test_metrics_count_what_happened(site):
         assert rise('inspectd_verdicts_total{camera="cam1",outcome="REJECT",reason="MISSING"}') == 2
         assert rise('inspectd_sequence_gaps_total{camera="cam1"}') == 2
         assert rise('inspectd_frames_refused_total{camera="cam1",reason="DUPLICATE"}') == 1
+
+
+def promtool_on(metrics: bytes) -> tuple[int, bytes]:
+    done = subprocess.run(["promtool", "check", "metrics"], input=metrics, capture_output=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+def test_promtool_has_nothing_to_say_of_a_live_scrape(site):
+    from urllib.request import urlopen
+
+    with site.line() as line:
+        settled(line, send(line, 0))
+        settled(line, send(line, 2, bad_pixels()))
+        refusal(line, send(line, 2))
+        metrics = urlopen(f"http://{site.config['metrics']['bind']}/metrics").read()
+    assert b'inspectd_verdicts_total{camera="cam1",outcome="REJECT",reason="MISSING"}' in metrics
+    assert promtool_on(metrics) == (0, b"")
+    # It would say something: a counter that is not named as one.
+    code, said = promtool_on(metrics.replace(b"inspectd_verdicts_total", b"inspectd_verdicts"))
+    assert code != 0
+    assert b'should have "_total" suffix' in said
 
 
 def test_rejected_frames_are_recorded_lossless(site):

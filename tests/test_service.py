@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
 
 from tests.bundles import install_bundle, make_bundle
-from tests.daemons import make_site
+from tests.daemons import ROOT, make_site
 
 
 @pytest.fixture
@@ -92,6 +95,16 @@ def test_a_second_daemon_on_the_same_books_is_turned_away(tmp_path):
     assert f"pid {site.process.pid}" in second.stderr
     assert site.status()["state"] == "RUNNING"
     assert site.stop() == 0
+
+
+@pytest.mark.parametrize("room", ["daemon.inspection.backend.cpu", "daemon.doctor", "trainer.features"])
+def test_openvino_reports_nothing_to_its_makers(tmp_path, room):
+    """By itself it does, at each import: over the network, from a forked process, with files in the home folder."""
+    code = f"import sys, {room}, openvino; sys.exit(sys.modules['openvino.tools.ovc'] is not None)"
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_engine_whose_golden_frames_do_not_reproduce_does_not_start(tmp_path):

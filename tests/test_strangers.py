@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from daemon.line.sockets import connect
 from daemon.line.wire import decode_header, encode_frame, encode_header
 from tests.bundles import good_pixels, raw_frame
 from tests.daemons import Site, free_port, make_site
+from tests.lines import send, wait_for
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"
 CURVE = GREETING + b"CURVE".ljust(20, b"\0") + bytes(32)
@@ -72,22 +72,15 @@ def denied(site: Site, reason: str) -> int:
     return int(float(found[0].split()[-1])) if found else 0
 
 
-def pump_until(line: Line, condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "what was waited for did not come"
-        line.pump(10)
-
-
 def stream(line: Line, count: int, step: Callable[[int], None] = lambda _: None) -> None:
     """`count` good parts at 100 a second, with `step` before each; every one must pass, once, on both channels."""
     first = max(line.parts, default=-1) + 1
     for seq in range(first, first + count):
         step(seq - first)
-        line.send(raw_frame(good_pixels(seq), camera=line.camera, epoch=line.epoch, seq=seq))
+        send(line, seq)
         line.pump(10)
     parts = [line.parts[seq] for seq in range(first, first + count)]
-    pump_until(line, lambda: all(part.results and part.permits and part.answer for part in parts))
+    wait_for(line, lambda: all(part.results and part.permits and part.answer for part in parts))
     assert disagreements(line, set()) == []
     assert {part.answer["status"] for part in parts if part.answer} == {"accepted"}
     assert {part.results[0]["outcome"] for part in parts} == {"PASS"}
@@ -153,10 +146,10 @@ def test_connections_beyond_the_daemons_descriptors_leave_the_line_running_and_a
             raw = open_sockets.enter_context(socket.socket())
             raw.setblocking(False)  # beyond the descriptors the kernel's queue fills, and a connect would wait
             raw.connect_ex((host, int(port)))
-        pump_until(line, lambda: len(list(descriptors.iterdir())) >= 128)
+        wait_for(line, lambda: len(list(descriptors.iterdir())) >= 128)
         stream(line, 30)
         open_sockets.close()
-        pump_until(line, lambda: len(list(descriptors.iterdir())) < 100, 30)
+        wait_for(line, lambda: len(list(descriptors.iterdir())) < 100, 30)
         stream(line, 5)
     with site.line(ready_s=30) as line:
         stream(line, 5)
@@ -186,7 +179,7 @@ def test_peer_that_is_refused_is_counted_by_its_reason_and_told_why(site, tmp_pa
         knocking[1].subscribe("")
         knocking[2].send_multipart([b"permit/test", encode_header({"type": "HELLO", "nonce": "n"})])
         stream(line, 10)
-        pump_until(line, lambda: denied(site, reason) >= before + 3)
+        wait_for(line, lambda: denied(site, reason) >= before + 3)
         assert [peer.poll(0) for peer in knocking] == [0, 0, 0], "a stranger hears something"
         assert [header for header in line.foreign if header["epoch"] == "stranger"] == []
     context.destroy(linger=0)
@@ -204,7 +197,7 @@ def test_right_key_on_a_foreign_topic_is_answered_forbidden_counted_and_named(si
             camera.send_multipart(encode_frame("test", raw_frame(good_pixels(), epoch=line.epoch, seq=number)))
 
         stream(line, 20, intrude)
-        pump_until(line, lambda: denied(site, "FOREIGN_TOPIC") == before + 20)
+        wait_for(line, lambda: denied(site, "FOREIGN_TOPIC") == before + 20)
         for _ in range(20):
             assert decode_header(camera.recv_multipart()[1])["reason"] == "FORBIDDEN"
     context.destroy(linger=0)
@@ -219,7 +212,7 @@ def test_cameras_key_hears_no_results_and_is_no_bridge(site):
     bridge = connect(context, zmq.DEALER, site.addresses.permits, site.peer("cam2"))
     bridge.send_multipart([b"permit/test", encode_header({"type": "HELLO", "nonce": "n"})])
     with site.line() as line:
-        pump_until(line, lambda: denied(site, "WRONG_ROLE") >= before + 2)
+        wait_for(line, lambda: denied(site, "WRONG_ROLE") >= before + 2)
         stream(line, 10)
         assert [listener.poll(0), bridge.poll(0)] == [0, 0]
     context.destroy(linger=0)
@@ -245,7 +238,7 @@ def test_flood_of_handshakes_with_a_wrong_key_costs_no_frame_and_few_lines(site,
                 knocked.append(knocking)
 
         stream(line, 50, knock)
-        pump_until(line, lambda: denied(site, "UNKNOWN_KEY") >= before + 300)
+        wait_for(line, lambda: denied(site, "UNKNOWN_KEY") >= before + 300)
     context.destroy(linger=0)
     assert site.log.count("denied reason=UNKNOWN_KEY") <= told + 3
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from adapters.line import disagreements
 from daemon.dispatch import Dispatcher
 from daemon.errors import BundleError, UsageError
 from daemon.inspection.engine import DoneBox, Engine, Job
@@ -29,7 +28,7 @@ from daemon.types import EngineId, Outcome, PartKey, Reason, Verdict
 from tests.bundles import install_bundle
 from tests.daemons import Site, make_site
 from tests.faulty_daemon import HANG, THROW
-from tests.test_promises import faulty_site, ordered, pump_until, send
+from tests.lines import faulty_site, ordered, pump_until, send, settle
 
 PASSED, FAILED = Verdict(Outcome.PASS, None), Verdict(Outcome.REJECT, Reason.ENGINE_ERROR)
 
@@ -409,11 +408,6 @@ def run_while(site: Site, line: Any, *command: str) -> subprocess.CompletedProce
         line.pump(10)
     out, err = process.communicate(timeout=5)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
-def settle(line: Any) -> None:
-    assert pump_until(line, lambda: all(part.results and part.permits for part in line.parts.values()), 20)
-    assert disagreements(line, set()) == []
 
 
 def test_engine_is_swapped_under_load_and_every_part_has_one_verdict(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from adapters.line import Line, disagreements
 from tests.daemons import Site, make_site
-from tests.test_promises import assert_books_balance, pump_until, stream
+from tests.lines import assert_books_balance, pump_until, stream
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
