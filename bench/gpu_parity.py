@@ -165,13 +165,16 @@ def check_preprocess(device: Device, kind: str, frame_hw: tuple[int, int], size:
         f"preprocess_{kind}", (-(-size[1] // 32), -(-size[0] // 8)), (32, 8), device.put(pixels), found, *tables,
         device.put(scale), device.put(offset), *frame_hw, *size,
     )  # fmt: skip
-    if kind == "bgr8":
-        pixels = np.ascontiguousarray(pixels[:, :, ::-1])
-    if kind == "bayerrg8":
-        pixels = reference.demosaic(pixels[:, :, 0])
-    wanted = reference.normalise(pixels, size, MEAN, STD)[0]
+    wanted = reference.normalise(to_plain(pixels, kind), size, MEAN, STD)[0]
     deviation = float(np.abs(device.get(found).astype(np.float64) - wanted).max())
     return Check(f"preprocess {kind} {frame_hw} -> {size}", deviation, 0.5 * to_eight_bit / min(STD) + 2.0**-9)
+
+
+def to_plain(pixels: Array, kind: str) -> Array:
+    """Gray or RGB, by the references."""
+    if kind.startswith("bgr"):
+        return np.ascontiguousarray(pixels[:, :, ::-1])
+    return reference.demosaic(pixels[:, :, 0]) if kind.startswith("bayer") else pixels
 
 
 def check_postprocess(device: Device, grid: tuple[int, int], size: tuple[int, int], seed: int) -> list[Check]:

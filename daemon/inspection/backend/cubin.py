@@ -14,7 +14,7 @@ COMPILER_OPTIONS = ["-O3", "-std=c++17"]
 # struct's letters: P pointer, i int32, f float32.
 _RESAMPLE = "PPiPPi"
 _SIGNATURES = {
-    **{f"preprocess_{kind}": f"PP{_RESAMPLE}PPiiii" for kind in ("mono8", "mono16", "rgb8")},
+    **{f"preprocess_{kind}": f"PP{_RESAMPLE}PPiiii" for kind in ("mono8", "mono16", "rgb8", "bgr8", "bayerrg8")},
     "ldknn_round": "PPPiii",
     "ldknn_search": "PPPPiiii",
     "ldknn_finish": "PPPPPPfiii",

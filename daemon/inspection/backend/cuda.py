@@ -2,10 +2,11 @@
 
     frame in page-locked memory -> preprocess -> networks (a plan of the bundle) -> ldknn -> postprocess -> map, score
 
-Everything is allocated when the backend opens or meets a frame of a new size, nothing per frame; the golden frames,
-which every engine replays before it is READY, bring the usual sizes. The daemon never builds a plan, and compiles
-kernels only where the bundle has none for this GPU. One context, retained explicitly and made current only inside
-`run`, which one thread at a time calls. Networks compute in FP16; distances and the map in FP32.
+Frames go to the GPU in the layout they came in. Everything is allocated when the backend opens or meets a frame of a
+new size, nothing per frame; the golden frames, which every engine replays before it is READY, bring the usual sizes.
+The daemon never builds a plan, and compiles kernels only where the bundle has none for this GPU. One context, retained
+explicitly and made current only inside `run`, which one thread at a time calls. Networks compute in FP16; distances
+and the map in FP32.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 _MOST_SIZES = 4  # of frames that are kept ready
 _LONGEST_SIDE = 32_768  # pixels; the tables of a longer one take longer than a frame may hang
 _RECORDING = threading.Lock()
-_KINDS = {(1, np.dtype(np.uint8)): "mono8", (1, np.dtype(np.uint16)): "mono16", (3, np.dtype(np.uint8)): "rgb8"}
+_KINDS = {
+    ("plain", 1, "uint8"): "mono8",
+    ("plain", 1, "uint16"): "mono16",
+    ("plain", 3, "uint8"): "rgb8",
+    ("bgr", 3, "uint8"): "bgr8",
+    ("bayerrg", 1, "uint8"): "bayerrg8",
+}
 
 
 def why_not(bundle: Bundle) -> str | None:
@@ -58,7 +65,7 @@ class CudaBackend:
 
     def __init__(self, bundle: Bundle) -> None:
         self._cuda = importlib.import_module("pycuda.driver")
-        self._sizes: OrderedDict[tuple[tuple[int, ...], str], _Size] = OrderedDict()
+        self._sizes: OrderedDict[tuple[str, tuple[int, ...]], _Size] = OrderedDict()
         with _as_device_error():
             self._cuda.init()
             self._device = self._cuda.Device(0)
@@ -131,13 +138,12 @@ class CudaBackend:
     # A frame
 
     def run(self, frame: Frame) -> tuple[AnomalyMap, Timings]:
-        pixels = frame.pixels
         with self._current(), _as_device_error():
-            size = self._size_for(pixels)
-            np.copyto(size.host, pixels)
+            size = self._size_for(frame)
+            np.copyto(size.host, frame.pixels)
             size.graph.launch()
             self._stream.synchronize()
-        return AnomalyMap(self._found_map, pixels.shape[:2], from_ordered(int(self._found_score[0]))), Timings()
+        return AnomalyMap(self._found_map, size.frame_hw, from_ordered(int(self._found_score[0]))), Timings()
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """Tap: where the last map reached the limit, (h w); the lowest limit where there are several products."""
@@ -165,22 +171,24 @@ class CudaBackend:
                 delattr(self, name)
         context.detach()
 
-    def _size_for(self, pixels: PixelArray) -> _Size:
-        key = (pixels.shape, pixels.dtype.str)
+    def _size_for(self, frame: Frame) -> _Size:
+        pixels = frame.pixels
+        kind = _KINDS.get((frame.layout, pixels.shape[2], pixels.dtype.name))
+        if kind is None or max(pixels.shape[:2]) > _LONGEST_SIDE:
+            raise DeviceError(
+                f"found a frame of shape {list(pixels.shape)} in {pixels.dtype}, wanted gray of 8 or 16 bit or colours "
+                f"of 8 bit, at most {_LONGEST_SIDE} pixels a side; use backend.kind cpu for others"
+            )
+        key = (kind, pixels.shape)
         if key in self._sizes:
             self._sizes.move_to_end(key)
             return self._sizes[key]
-        if max(pixels.shape[:2]) > _LONGEST_SIDE or (pixels.shape[2], pixels.dtype) not in _KINDS:
-            raise DeviceError(
-                f"found a frame of shape {list(pixels.shape)} in {pixels.dtype}, wanted gray of 8 or 16 bit or RGB of "
-                f"8 bit, at most {_LONGEST_SIDE} pixels a side; use backend.kind cpu for others"
-            )
         while len(self._sizes) >= _MOST_SIZES:
             self._sizes.popitem(last=False)[1].graph.close()
         # One at a time in the process: what another engine does to the default stream would spoil a recording.
         with _RECORDING:
             try:
-                self._sizes[key] = made = _Size(self, pixels)
+                self._sizes[key] = made = _Size(self, kind, pixels)
             except BaseException as error:
                 # PyCUDA frees memory only while the context is current: let go of the half-made size here.
                 for raised in (error, error.__cause__, error.__context__):
@@ -282,9 +290,9 @@ class CudaBackend:
 class _Size:
     """What frames of one size and kind need: page-locked memory, tables, and the graph that was recorded with them."""
 
-    def __init__(self, backend: CudaBackend, pixels: PixelArray) -> None:
-        self.kind = _KINDS[pixels.shape[2], pixels.dtype]
-        self.frame_hw = pixels.shape[:2]
+    def __init__(self, backend: CudaBackend, kind: str, pixels: PixelArray) -> None:
+        self.kind = kind
+        self.frame_hw = (pixels.shape[0], pixels.shape[1])
         self.host, self.device, self.is_copied = backend.make_slot(pixels)
         self.tables = backend.upload_tables(self.frame_hw)
         self.host[...] = pixels
