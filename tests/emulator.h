@@ -343,8 +343,10 @@ inline unsigned vote(bool answer) {
 inline void keep_largest(unsigned* cell, unsigned value) {
   if (value > *cell) *cell = value;
 }
-inline void keep_largest(unsigned long long* cell, unsigned long long value) {
-  if (value > *cell) *cell = value;
+inline unsigned long long keep_largest(unsigned long long* cell, unsigned long long value) {
+  const unsigned long long before = *cell;
+  if (value > before) *cell = value;
+  return before;
 }
 
 #define ENLIST(kernel) static const bool enlisted_##kernel = emulator::enlist(#kernel, kernel)

@@ -15,12 +15,14 @@ import pytest
 
 from daemon.bundle import BANK, NETWORKS, open_bundle, seal_bundle
 from daemon.errors import BundleError, DeviceError
-from daemon.inspection.backend import open_backend
+from daemon.inspection.backend import ldknn, open_backend
 from daemon.inspection.backend.cpu import normalise
 from daemon.inspection.backend.cuda import CudaBackend, why_not
+from daemon.inspection.backend.search import KEPT, quantise_bank
 from daemon.inspection.decode import decode, to_plain
 from daemon.inspection.golden import check_golden
 from daemon.inspection.pipeline import Pictures, Pipeline
+from daemon.inspection.tensors import load_bank
 from daemon.keys import load_trusted, make_signing_key
 from daemon.types import Frame, Outcome, RawFrame, Reason
 from tests import bundles, fake_cuda, reference
@@ -300,9 +302,34 @@ def test_bank_is_split_over_the_gpu_and_the_winner_is_the_same(monkeypatch, bund
     install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), tensors()), multiprocessors=multiprocessors))
     backend = CudaBackend(bundle)
     score = backend.run(Frame(bundles.bad_pixels(4)))[0].score
-    assert backend._search_blocks[1] == {1: 2, 2: 3, 132: 3}[multiprocessors]
+    assert backend._search.blocks[1] == {1: 2, 2: 3, 132: 3}[multiprocessors]
     install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), tensors())))
     assert CudaBackend(bundle).run(Frame(bundles.bad_pixels(4)))[0].score == score
+
+
+def test_int8_search_takes_its_three_kernels_and_is_its_reference(backend, bundle, gpu, monkeypatch):
+    pixels = bundles.bad_pixels(4)
+    backend.run(Frame(pixels))
+    in_fp16 = backend.tap("ldknn", (64,), np.float32)
+    monkeypatch.setattr(ldknn, "FORM", "int8")
+    again = CudaBackend(bundle)
+    again.run(Frame(pixels))
+    assert [name for name, _ in gpu.graphs[2]] == [name.replace("ldknn", "ldknn_int8") for name in GRAPH]
+    bank = load_bank(bundle)
+    whole = quantise_bank(bank["core"])
+    features = again.tap("features", (64, bundles.CHANNELS), np.float32)
+    wanted, rows = reference.ldknn_int8(
+        features, bank["core"], bank["density"], bundle.manifest.alpha, whole.centre, whole.inverse, KEPT
+    )
+    np.testing.assert_array_equal(again.tap("winners", (64,), np.int32), rows)
+    in_int8 = again.tap("ldknn", (64,), np.float32)
+    np.testing.assert_allclose(in_int8, wanted, rtol=1e-5, atol=1e-5)
+    is_other = rows != backend.tap("winners", (64,), np.int32)
+    np.testing.assert_array_equal(in_int8[~is_other], in_fp16[~is_other])
+    # A patch far outside the bank is cut off in INT8, and may be measured to a row that is not the nearest.
+    centred = np.abs(features - whole.centre) * whole.inverse
+    assert (centred[is_other].max(axis=1) > 127).all()
+    assert check_golden(Pipeline(bundle, again)) < 1.0
 
 
 def test_context_is_current_only_inside_a_call_on_any_thread(backend, gpu):

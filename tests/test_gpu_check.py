@@ -47,7 +47,17 @@ def test_right_kernels_pass_every_check(capsys):
     checks = check_all(Emulated(), is_small=True)
     assert report(checks), capsys.readouterr().out
     said = capsys.readouterr().out
-    for kernel in ("ldknn 130 x 300 x 40", "ties", "mono8", "mono16", "rgb8", "bgr8", "bayerrg8", "postprocess"):
+    for kernel in (
+        "ldknn 130 x 300 x 40",
+        "ldknn_int8 130 x 300 x 40",
+        "ties",
+        "mono8",
+        "mono16",
+        "rgb8",
+        "bgr8",
+        "bayerrg8",
+        "postprocess",
+    ):
         assert kernel in said
 
 
@@ -57,6 +67,8 @@ def test_right_kernels_pass_every_check(capsys):
     [
         ("ldknn_finish", lambda a: a[5].__setitem__(slice(0, 5), 0), "winners"),
         ("ldknn_finish", lambda a: a[4].__setitem__(0, a[4][0] + 0.1), "score of the winner"),
+        ("ldknn_int8_finish", lambda a: a[5].__setitem__(slice(0, 5), 0), "ldknn_int8 130 x 300 x 40: winners"),
+        ("ldknn_int8_finish", lambda a: a[4].__setitem__(0, a[4][0] + 0.1), "score of the winner"),
         ("preprocess_rgb8", lambda a: a[1].__setitem__((0, 0, 0), np.nan), "preprocess rgb8"),
         ("preprocess_mono16", lambda a: a[1].__setitem__((0, 0), a[1][0, 0] + 0.1), "preprocess mono16"),
         ("postprocess", lambda a: a[12].__setitem__((3, 3), 99.0), "map"),

@@ -18,6 +18,9 @@ _SIGNATURES = {
     "ldknn_round": "PPPiii",
     "ldknn_search": "PPPPiiii",
     "ldknn_finish": "PPPPPPfiii",
+    "ldknn_int8_round": "PPPPfiii",
+    "ldknn_int8_search": "PPPPiiii",
+    "ldknn_int8_finish": "PPPPPPfiii",
     "postprocess_start": "P",
     "postprocess": f"PPffff{_RESAMPLE}PPPfiii",
 }

@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
-from daemon.inspection.backend import search
 from daemon.inspection.backend.cubin import load_kernels
 from daemon.inspection.backend.graph import Graph
+from daemon.inspection.backend.ldknn import Search
 from daemon.inspection.backend.plan import Networks, import_tensorrt
 from daemon.inspection.backend.search import from_ordered
 from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, smoothing_operator
@@ -93,7 +93,8 @@ class CudaBackend:
         self._scale_16 = self._upload((scale[:, 0] / 257.0).astype(np.float32))
         self._offset = self._upload(scale[:, 1].astype(np.float32))
         if "ldknn" in self._branches:
-            self._load_bank(bundle, patches)
+            self._search = self._open_search(bundle, patches)
+            self._buffers |= self._search.buffers
         self._limit = np.float32(min(product.mapLimit for product in manifest.products.values()))
         words = -(-w // 32)
         self._map, self._mask, self._score = (self._cuda.mem_alloc(size) for size in (4 * h * w, 4 * h * words, 4))
@@ -102,38 +103,21 @@ class CudaBackend:
 
     # Opening
 
-    def _load_bank(self, bundle: Bundle, patches: int) -> None:
-        """Rows rounded to FP16 and padded; the bias is of the ROUNDED rows, else near rows change places."""
+    def _open_search(self, bundle: Bundle, patches: int) -> Search:
         bank = load_bank(bundle)
-        rows, channels = bank["core"].shape
+        channels = bank["core"].shape[1]
         if channels != self._networks.channels:
             raise BundleError(
                 f"{bundle.folder}: found {channels} channels in the bank, {self._networks.channels} in the networks"
             )
-        rounded, bias = search.pad_bank(bank["core"])
-        self._rows, self._padded = rounded.shape
-        if not np.isfinite(rounded).all():
-            raise DeviceError(f"{bundle.folder}: features of the bank are beyond FP16 (65504); use backend.kind cpu")
-        self._bank_rows = rows
-        self._alpha = np.float32(bundle.manifest.alpha)
-        uploads: dict[str, npt.NDArray[Any]] = {
-            "bank": rounded,
-            "bias": bias,
-            "core": bank["core"],
-            "density": bank["density"],
-        }
-        self._buffers |= {name: self._upload(values) for name, values in uploads.items()}
-        sizes = {
-            "queries": 2 * patches * self._padded,
-            "keys": 8 * patches,
-            "ldknn": 4 * patches,
-            "winners": 4 * patches,
-        }
-        self._buffers |= {name: self._cuda.mem_alloc(size) for name, size in sizes.items()}
-        attribute = self._cuda.device_attribute.MULTIPROCESSOR_COUNT
-        self._search_blocks, self._tiles_a_split = search.split(
-            patches, self._rows, self._device.get_attribute(attribute)
-        )
+        try:
+            return Search(
+                bank, bundle.manifest.alpha, patches,
+                multiprocessors=self._device.get_attribute(self._cuda.device_attribute.MULTIPROCESSOR_COUNT),
+                upload=self._upload, allocate=self._cuda.mem_alloc,
+            )  # fmt: skip
+        except DeviceError as error:
+            raise DeviceError(f"{bundle.folder}: {error}") from error
 
     # A frame
 
@@ -209,7 +193,7 @@ class CudaBackend:
         )  # fmt: skip
         self._networks.enqueue(self._stream)
         if "ldknn" in self._branches:
-            self._search()
+            self._search.enqueue(self._launch, self._buffers["features"])
         scaling = [value for branch in ("repair", "ldknn") for value in self._branches.get(branch, (0.0, 0.0))]
         inputs = [self._buffers[branch] if branch in self._branches else np.uintp(0) for branch in ("repair", "ldknn")]
         self._launch("postprocess_start", (1, 1), (1, 1, 1), self._score)
@@ -219,24 +203,6 @@ class CudaBackend:
         )  # fmt: skip
         self._cuda.memcpy_dtoh_async(self._found_map, self._map, self._stream)
         self._cuda.memcpy_dtoh_async(self._found_score, self._score, self._stream)
-
-    def _search(self) -> None:
-        b, patches = self._buffers, self._grid[0] * self._grid[1]
-        threads = (256, 1, 1)
-        self._launch(
-            "ldknn_round", (-(-patches * self._padded // 1024), 1), threads,
-            b["features"], b["queries"], b["keys"], patches, self._networks.channels, self._padded,
-        )  # fmt: skip
-        self._launch(
-            "ldknn_search", self._search_blocks, threads,
-            b["queries"], b["bank"], b["bias"], b["keys"], patches, self._rows, self._padded, self._tiles_a_split,
-            shared_bytes=search.SHARED_BYTES,
-        )  # fmt: skip
-        self._launch(
-            "ldknn_finish", (-(-patches // 8), 1), threads,
-            b["features"], b["core"], b["density"], b["keys"], b["ldknn"], b["winners"],
-            self._alpha, patches, self._bank_rows, self._networks.channels,
-        )  # fmt: skip
 
     # The driver
 

@@ -61,8 +61,22 @@ __device__ inline Value exchange(Value value, int lane_mask) {
 __device__ inline unsigned vote(bool answer) { return __ballot_sync(0xffffffffu, answer); }
 __device__ inline void synchronize() { __syncthreads(); }
 __device__ inline void keep_largest(unsigned* cell, unsigned value) { atomicMax(cell, value); }
-__device__ inline void keep_largest(unsigned long long* cell, unsigned long long value) { atomicMax(cell, value); }
+// What was there before.
+__device__ inline unsigned long long keep_largest(unsigned long long* cell, unsigned long long value) {
+  return atomicMax(cell, value);
+}
 #endif
+
+// The COUNT largest of all values that come, falling, whatever the order they come in: what a cell gives up, or does not
+// take, goes on to the next one. The last cell only grows, so that a value below it needs no visit.
+template <int COUNT>
+__device__ inline void keep_largest(unsigned long long* cells, unsigned long long value) {
+  if (value <= *static_cast<volatile unsigned long long*>(cells + COUNT - 1)) return;
+  for (int place = 0; place < COUNT && value != 0; ++place) {
+    const unsigned long long before = keep_largest(cells + place, value);
+    value = before < value ? before : value;
+  }
+}
 
 // Floats in the order of unsigned integers; a NaN, of whatever sign, is the largest of all.
 __device__ inline unsigned orderable(float value) {
