@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_parity import SEARCHES, Check, check_all, exact_nearest, make_features
+from bench.gpu_parity import Check, check_all, exact_nearest, make_features, searches
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "daemon" / "inspection" / "backend" / "kernels" / "inspectd.cu"
 _QUERIES, _ROWS, _CHANNELS = (784, 1024, 3136), (1_000, 10_000, 100_000, 200_000), (128, 152, 384, 1536)
 _RUNS, _FRAMES = 25, 2000
+_SHARED_UNASKED, _MOST_SHARED = 48 << 10, ctypes.c_int(8)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FLUSH_BYTES = 256 << 20
-_TIME_OF = {"ldknn": "oursUs", "ldknn_int8": "oursInt8Us"}
+_TIME_OF = {"ldknn": "oursUs", "ldknn_int8": "oursInt8Us", "ldknn_sm90": "oursWgmmaUs"}
 _MOST_SCORES = 700_000_000  # M N of peers that write the whole matrix
 # Dense FP16 with FP32 accumulation, operations a second, by the GPU's name (NVIDIA's data sheets, without sparsity).
 _PEAK = {
@@ -50,6 +51,7 @@ class Gpu:
         properties = torch.cuda.get_device_properties(0)
         self.name, self.multiprocessors = properties.name, properties.multi_processor_count
         self.capability = f"{properties.major}{properties.minor}"
+        self.has_group_product = self.capability == "90"
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._module = ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(self._module), compile_kernels(self.capability))
@@ -68,6 +70,8 @@ class Gpu:
         if name not in self._functions:
             self._functions[name] = ctypes.c_void_p()
             self._call("cuModuleGetFunction", ctypes.byref(self._functions[name]), self._module, name.encode())
+            if shared > _SHARED_UNASKED:
+                self._call("cuFuncSetAttribute", self._functions[name], _MOST_SHARED, ctypes.c_int(shared))
         held = [self._argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(item) for item in held))
         sides = [ctypes.c_uint(side) for shape in (grid, block) for side in (*shape, 1, 1)[:3]]
@@ -135,12 +139,13 @@ def time_searches(gpu: Gpu) -> list[dict[str, Any]]:
     for d in _CHANNELS:
         for n in _ROWS:
             features, core, density = make_features(max(_QUERIES), n, d, seed=n + d)
-            banks = {form: make_bank(gpu, core, density) for form, (make_bank, _) in SEARCHES.items()}
+            forms = searches(gpu)
+            banks = {form: make_bank(gpu, core, density) for form, (make_bank, _) in forms.items()}
             exact, _ = exact_nearest(features[:64], core)
             for m in _QUERIES:
                 found: dict[str, Any] = {"m": m, "n": n, "d": d}
                 for form, bank in banks.items():
-                    search = SEARCHES[form][1](bank, features[:m], 0.25)
+                    search = forms[form][1](bank, features[:m], 0.25)
                     search.run()
                     agreed = float((gpu.get(search.winners)[:64] == exact).mean())
                     if report([Check(f"{form} {m} x {n} x {d}: winners as in FP64", agreed, 0.95, is_least=True)]):

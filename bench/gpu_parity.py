@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daemon.inspection.backend.search import (
+    GROUP_SHARED_BYTES,
     INT8_BLOCKS_A_MULTIPROCESSOR,
     KEPT,
     SHARED_BYTES,
@@ -33,6 +34,7 @@ class Device(Protocol):
     """Arrays go in by `put` and come back by `get`; a launch takes them, and Python's int and float as C's."""
 
     multiprocessors: int
+    has_group_product: bool  # wgmma, which sm_90a alone has
 
     def put(self, values: Array) -> Any: ...
 
@@ -71,6 +73,8 @@ class Bank:
 class Search:
     """Queries against a bank: three launches, buffers made once."""
 
+    kernel, shared_bytes = "ldknn_search", SHARED_BYTES
+
     def __init__(self, bank: Bank, features: Array, alpha: float) -> None:
         self.bank, self.m, self.alpha = bank, len(features), alpha
         device = bank.device
@@ -88,13 +92,19 @@ class Search:
             self.m, bank.d, bank.padded,
         )  # fmt: skip
         launch(
-            "ldknn_search", self.grid, (256,), self.queries, bank.bank, bank.bias, self.keys, self.m, bank.rows,
-            bank.padded, self.tiles_a_split, shared=SHARED_BYTES,
+            self.kernel, self.grid, (256,), self.queries, bank.bank, bank.bias, self.keys, self.m, bank.rows,
+            bank.padded, self.tiles_a_split, shared=self.shared_bytes,
         )  # fmt: skip
         launch(
             "ldknn_finish", (-(-self.m // 8),), (256,), self.features, bank.core, bank.density, self.keys, self.scores,
             self.winners, float(self.alpha), self.m, bank.n, bank.d,
         )  # fmt: skip
+
+
+class GroupSearch(Search):
+    """ldknn_sm90.cu in the middle."""
+
+    kernel, shared_bytes = "ldknn_search_sm90", GROUP_SHARED_BYTES
 
 
 class Int8Bank(Bank):
@@ -136,7 +146,13 @@ class Int8Search(Search):
         )  # fmt: skip
 
 
-SEARCHES: dict[str, tuple[type[Bank], type[Search]]] = {"ldknn": (Bank, Search), "ldknn_int8": (Int8Bank, Int8Search)}
+def searches(device: Device) -> dict[str, tuple[type[Bank], type[Search]]]:
+    """The forms of the search that this device has, by name."""
+    found: dict[str, tuple[type[Bank], type[Search]]] = {
+        "ldknn": (Bank, Search),
+        "ldknn_int8": (Int8Bank, Int8Search),
+    }
+    return found | ({"ldknn_sm90": (Bank, GroupSearch)} if device.has_group_product else {})
 
 
 def make_features(m: int, n: int, d: int, seed: int) -> tuple[Array, Array, Array]:
@@ -150,7 +166,7 @@ def make_features(m: int, n: int, d: int, seed: int) -> tuple[Array, Array, Arra
 def check_search(device: Device, form: str, shape: tuple[int, int, int], seed: int) -> list[Check]:
     m, n, d = shape
     features, core, density = make_features(m, n, d, seed)
-    make_bank, make_search = SEARCHES[form]
+    make_bank, make_search = searches(device)[form]
     search = make_search(make_bank(device, core, density), features, 0.25)
     search.run()
     winners, scores = device.get(search.winners), device.get(search.scores)
@@ -188,7 +204,7 @@ def check_ties(device: Device, form: str) -> list[Check]:
     core[[133, 400, 999]] = core[7]
     features[:4] = core[[7, 999, 400, 133]]
     features[20, 5] = np.nan
-    make_bank, make_search = SEARCHES[form]
+    make_bank, make_search = searches(device)[form]
     search = make_search(make_bank(device, core, density), features, 0.0)
     search.run()
     winners, scores = device.get(search.winners), device.get(search.scores)
@@ -268,7 +284,7 @@ def check_all(device: Device, *, is_small: bool) -> list[Check]:
     if not is_small:
         shapes += [(784, 10_000, 384), (1024, 4000, 152), (3136, 20_000, 128), (784, 100_000, 384), (100, 3000, 1536)]
     checks = []
-    for form in SEARCHES:
+    for form in searches(device):
         checks += [check for seed, shape in enumerate(shapes) for check in check_search(device, form, shape, seed)]
         checks += check_ties(device, form)
     sizes = [((90, 130), (64, 64))] if is_small else [((90, 130), (64, 64)), ((2048, 2448), (256, 256))]

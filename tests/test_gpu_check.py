@@ -23,6 +23,7 @@ class Emulated:
     """bench.gpu_parity.Device on the emulator."""
 
     multiprocessors = 2
+    has_group_product = True
 
     def __init__(self, spoil=None):
         self._spoil = spoil
@@ -50,6 +51,7 @@ def test_right_kernels_pass_every_check(capsys):
     for kernel in (
         "ldknn 130 x 300 x 40",
         "ldknn_int8 130 x 300 x 40",
+        "ldknn_sm90 130 x 300 x 40",
         "ties",
         "mono8",
         "mono16",
@@ -69,6 +71,7 @@ def test_right_kernels_pass_every_check(capsys):
         ("ldknn_finish", lambda a: a[4].__setitem__(0, a[4][0] + 0.1), "score of the winner"),
         ("ldknn_int8_finish", lambda a: a[5].__setitem__(slice(0, 5), 0), "ldknn_int8 130 x 300 x 40: winners"),
         ("ldknn_int8_finish", lambda a: a[4].__setitem__(0, a[4][0] + 0.1), "score of the winner"),
+        ("ldknn_search_sm90", lambda a: a[3].__setitem__(slice(0, 5), 2**64 - 1), "ldknn_sm90 130 x 300 x 40: winners"),
         ("preprocess_rgb8", lambda a: a[1].__setitem__((0, 0, 0), np.nan), "preprocess rgb8"),
         ("preprocess_mono16", lambda a: a[1].__setitem__((0, 0), a[1][0, 0] + 0.1), "preprocess mono16"),
         ("postprocess", lambda a: a[12].__setitem__((3, 3), 99.0), "map"),

@@ -43,14 +43,14 @@ class Search:
         self.bias = np.full(self.rows, -3e38, np.float32)
         self.bias[: self.n] = -0.5 * np.square(self.bank[: self.n].astype(np.float64)).sum(1)
 
-    def run(self, *, alpha=0.25, splits=1, late=False):
-        library = load("ldknn")
+    def run(self, *, alpha=0.25, splits=1, late=False, kernel="ldknn_search"):
+        library = load("inspectd")
         queries = np.full((self.m, self.padded), np.nan, np.float16)
         keys = np.full(self.m, 2**64 - 1, np.uint64)  # what the last frame left
         launch(library, "ldknn_round", (3,), THREADS, self.features, queries, keys, self.m, self.d, self.padded)
         tiles = -(-(self.rows // BN) // splits)
         launch(
-            library, "ldknn_search", (-(-self.m // BM), splits), THREADS,
+            library, kernel, (-(-self.m // BM), splits), THREADS,
             queries, self.bank, self.bias, keys, self.m, self.rows, self.padded, tiles, late=late,
         )  # fmt: skip
         scores, winners = np.full(self.m, -1, np.float32), np.full(self.m, -7, np.int32)
@@ -146,6 +146,43 @@ def test_far_away_queries_keep_their_order():
     scores, winners = search.run(alpha=0.1)
     np.testing.assert_array_equal(winners, np.arange(50))
     assert_nearest(search, scores, winners, 0.1)
+
+
+# The same by a warpgroup's products
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "d", "splits"),
+    [(1, 1, 1, 1), (130, 300, 40, 2), (128, 128, 64, 1), (77, 513, 152, 5), (200, 700, 96, 3)],
+)
+def test_warpgroups_find_what_warps_find(m, n, d, splits, late):
+    """On the emulator, which adds along the channels in both, to the last bit."""
+    search = random_search(m, n, d)
+    wanted = search.run(splits=splits)
+    found = search.run(splits=splits, late=late, kernel="ldknn_search_sm90")
+    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert_nearest(search, *found, 0.25)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_equal_rows_go_to_the_lowest_one_in_a_warpgroup(splits):
+    rng = np.random.default_rng(1)
+    core = rng.normal(size=(500, 16)).astype(np.float32)
+    core[[133, 260, 499]] = core[7]
+    search = Search(core[[7, 499, 300, 5]], core, np.zeros(500))
+    scores, winners = search.run(alpha=0.0, splits=splits, kernel="ldknn_search_sm90")
+    assert list(winners) == [7, 7, 300, 5]
+    np.testing.assert_array_equal(scores, 0.0)
+
+
+def test_nan_in_a_query_is_nan_in_its_score_alone_in_a_warpgroup():
+    search = random_search(40, 200, 33, seed=2)
+    search.features[11, 32] = np.nan
+    scores, winners = search.run(kernel="ldknn_search_sm90")
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [11]
+    assert winners[11] == -1
 
 
 # The same in INT8

@@ -12,6 +12,7 @@ from daemon.types import FloatArray
 # ldknn_tile.cuh's own: queries and bank rows of a block, copies under way, bytes of a row that are copied at a time.
 BLOCK_QUERIES, BLOCK_ROWS, STAGES, STEP_BYTES = 128, 128, 3, 64
 SHARED_BYTES = STAGES * (BLOCK_QUERIES + BLOCK_ROWS) * STEP_BYTES
+GROUP_SHARED_BYTES = 3 * 2 * 128 * 128  # ldknn_sm90.cu's: its copies under way, of queries and rows, 128 bytes each
 BLOCKS_A_MULTIPROCESSOR, INT8_BLOCKS_A_MULTIPROCESSOR = 2, 1  # as many as their registers leave room for
 KEPT = 4  # ldknn_int8.cu's: rows of a query whose distances are taken anew
 _NO_ROW, _NO_INT8_ROW = np.float32(-3e38), np.int32(-(2**30))  # the bias of rows that only fill the last block
