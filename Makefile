@@ -9,6 +9,11 @@ PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.vers
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,dev]'
+	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they
+	# depend on they would be it. Its generator left five lines that are no Python: docs/decisions.md.
+	rm -rf .venv/stubs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --no-deps --target .venv/stubs tensorrt-stubs
+	sed -i -E 's/\bin: list/in_: list/; s/, channel_axis: int\)/, channel_axis: int = ...)/' .venv/stubs/tensorrt_bindings/tensorrt.pyi
 	touch $@
 
 demo: .venv/.installed  ## keys, an engine from 300 solar cells, the daemon, 400 cells at 25 a second

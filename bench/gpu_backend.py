@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from bench.gpu_check import report
-from bench.gpu_parity import MEAN, STD, Check, make_features
+from bench.gpu_parity import MEAN, STD, Check, make_features, to_plain
 from daemon.inspection.backend import cuda
 from daemon.inspection.backend.tables import smoothing_operator
-from daemon.types import Frame
+from daemon.types import Frame, Layout
 from tests import reference
 
 _ALPHA, _SIGMA = 0.25, 4.0
@@ -40,7 +40,7 @@ class FixedNetworks:
 def check_backend(
     size: tuple[int, int], grid: tuple[int, int], rows: int, frames: list[tuple[int, int]]
 ) -> list[Check]:
-    """Frames of these sizes, the first one twice, against the references; then the backend is closed."""
+    """Frames of these sizes, the first one twice and in each layout, against the references; then it is closed."""
     features, core, density = make_features(grid[0] * grid[1], rows, 24, 0)
     manifest = SimpleNamespace(
         grid=grid, branches=["ldknn"], alpha=_ALPHA, files=[], products={"p": SimpleNamespace(mapLimit=0.0)},
@@ -62,15 +62,18 @@ def check_backend(
     down, across = (smoothing_operator(side, cells, _SIGMA) for side, cells in zip(size, grid, strict=True))
     wanted = down @ ((scores - 1.0) / 2.0).reshape(grid) @ across.T
     checks = []
-    for number, frame_hw in enumerate([frames[0], *frames]):
-        pixels = np.random.default_rng(number).integers(0, 256, (*frame_hw, 1), np.uint8)
-        found = backend.run(Frame(pixels))[0].values
+    shapes: list[tuple[tuple[int, int], Layout]] = [(frame_hw, "plain") for frame_hw in [frames[0], *frames]]
+    shapes += [(frames[0], "bgr"), (frames[0], "bayerrg")]
+    for number, (frame_hw, layout) in enumerate(shapes):
+        pixels = np.random.default_rng(number).integers(0, 256, (*frame_hw, 3 if layout == "bgr" else 1), np.uint8)
+        found = backend.run(Frame(pixels, layout))[0].values
         image = backend.tap("image", (1, 3, *size), np.float16).astype(np.float64)
-        expected = reference.normalise(pixels, size, MEAN, STD)
-        checks.append(Check(f"{frame_hw}: image", float(np.abs(image - expected).max()), 0.5 / min(STD) + 2.0**-9))
-        checks.append(Check(f"{frame_hw}: map", float(np.abs(found - wanted).max() / np.abs(wanted).max()), 1e-3))
+        expected = reference.normalise(to_plain(pixels, layout), size, MEAN, STD)
+        name = f"{frame_hw} {layout}"
+        checks.append(Check(f"{name}: image", float(np.abs(image - expected).max()), 0.5 / min(STD) + 2.0**-9))
+        checks.append(Check(f"{name}: map", float(np.abs(found - wanted).max() / np.abs(wanted).max()), 1e-3))
         bits = float((backend.mask() != (found >= 0.0)).sum())
-        checks.append(Check(f"{frame_hw}: wrong bits of the mask", bits, 0.0))
+        checks.append(Check(f"{name}: wrong bits of the mask", bits, 0.0))
     backend.close()
     return checks
 

@@ -23,13 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_parity import Bank, Check, Search, check_all, exact_nearest, make_features
+from bench.gpu_parity import Check, check_all, exact_nearest, make_features, searches
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "daemon" / "inspection" / "backend" / "kernels" / "inspectd.cu"
 _QUERIES, _ROWS, _CHANNELS = (784, 1024, 3136), (1_000, 10_000, 100_000, 200_000), (128, 152, 384, 1536)
 _RUNS, _FRAMES = 25, 2000
+_SHARED_UNASKED, _MOST_SHARED = 48 << 10, ctypes.c_int(8)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FLUSH_BYTES = 256 << 20
+_TIME_OF = {"ldknn": "oursUs", "ldknn_int8": "oursInt8Us", "ldknn_sm90": "oursWgmmaUs"}
 _MOST_SCORES = 700_000_000  # M N of peers that write the whole matrix
 # Dense FP16 with FP32 accumulation, operations a second, by the GPU's name (NVIDIA's data sheets, without sparsity).
 _PEAK = {
@@ -49,6 +51,7 @@ class Gpu:
         properties = torch.cuda.get_device_properties(0)
         self.name, self.multiprocessors = properties.name, properties.multi_processor_count
         self.capability = f"{properties.major}{properties.minor}"
+        self.has_group_product = self.capability == "90"
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._module = ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(self._module), compile_kernels(self.capability))
@@ -67,6 +70,8 @@ class Gpu:
         if name not in self._functions:
             self._functions[name] = ctypes.c_void_p()
             self._call("cuModuleGetFunction", ctypes.byref(self._functions[name]), self._module, name.encode())
+            if shared > _SHARED_UNASKED:
+                self._call("cuFuncSetAttribute", self._functions[name], _MOST_SHARED, ctypes.c_int(shared))
         held = [self._argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(item) for item in held))
         sides = [ctypes.c_uint(side) for shape in (grid, block) for side in (*shape, 1, 1)[:3]]
@@ -134,16 +139,22 @@ def time_searches(gpu: Gpu) -> list[dict[str, Any]]:
     for d in _CHANNELS:
         for n in _ROWS:
             features, core, density = make_features(max(_QUERIES), n, d, seed=n + d)
-            bank = Bank(gpu, core, density)
+            forms = searches(gpu)
+            banks = {form: make_bank(gpu, core, density) for form, (make_bank, _) in forms.items()}
+            exact, _ = exact_nearest(features[:64], core)
             for m in _QUERIES:
-                search = Search(bank, features[:m], 0.25)
-                search.run()
-                exact, _ = exact_nearest(features[:64], core)
-                agreed = float((gpu.get(search.winners)[:64] == exact).mean())
-                if not report([Check(f"{m} x {n} x {d}: winners as in FP64", agreed, 0.95, is_least=True)]):
-                    rows.append({"m": m, "n": n, "d": d, "error": "wrong winners; not timed"})
+                found: dict[str, Any] = {"m": m, "n": n, "d": d}
+                for form, bank in banks.items():
+                    search = forms[form][1](bank, features[:m], 0.25)
+                    search.run()
+                    agreed = float((gpu.get(search.winners)[:64] == exact).mean())
+                    if report([Check(f"{form} {m} x {n} x {d}: winners as in FP64", agreed, 0.95, is_least=True)]):
+                        found[_TIME_OF[form]] = clock.time_us(search.run)
+                    else:
+                        found[f"{form}Error"] = "wrong winners; not timed"
+                if "oursUs" not in found:
+                    rows.append(found)
                     continue
-                found: dict[str, Any] = {"m": m, "n": n, "d": d, "oursUs": clock.time_us(search.run)}
                 found["shareOfPeak"] = share_of_peak(gpu.name, 2.0 * m * n * d, found["oursUs"])
                 peers = make_peers(torch, features[:m], core)
                 found |= {name: clock.time_us(work) for name, work in peers.items() if m * n <= _MOST_SCORES}

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from daemon.inspection.backend.search import SHARED_BYTES, from_ordered, pad_bank, split
+from daemon.inspection.backend.search import (
+    GROUP_SHARED_BYTES,
+    INT8_BLOCKS_A_MULTIPROCESSOR,
+    KEPT,
+    SHARED_BYTES,
+    from_ordered,
+    pad_bank,
+    quantise_bank,
+    split,
+)
 from daemon.inspection.backend.tables import banded, resampling, smoothing_operator
 from tests import reference
 
@@ -25,6 +34,7 @@ class Device(Protocol):
     """Arrays go in by `put` and come back by `get`; a launch takes them, and Python's int and float as C's."""
 
     multiprocessors: int
+    has_group_product: bool  # wgmma, which sm_90a alone has
 
     def put(self, values: Array) -> Any: ...
 
@@ -63,6 +73,8 @@ class Bank:
 class Search:
     """Queries against a bank: three launches, buffers made once."""
 
+    kernel, shared_bytes = "ldknn_search", SHARED_BYTES
+
     def __init__(self, bank: Bank, features: Array, alpha: float) -> None:
         self.bank, self.m, self.alpha = bank, len(features), alpha
         device = bank.device
@@ -80,13 +92,67 @@ class Search:
             self.m, bank.d, bank.padded,
         )  # fmt: skip
         launch(
-            "ldknn_search", self.grid, (256,), self.queries, bank.bank, bank.bias, self.keys, self.m, bank.rows,
-            bank.padded, self.tiles_a_split, shared=SHARED_BYTES,
+            self.kernel, self.grid, (256,), self.queries, bank.bank, bank.bias, self.keys, self.m, bank.rows,
+            bank.padded, self.tiles_a_split, shared=self.shared_bytes,
         )  # fmt: skip
         launch(
             "ldknn_finish", (-(-self.m // 8),), (256,), self.features, bank.core, bank.density, self.keys, self.scores,
             self.winners, float(self.alpha), self.m, bank.n, bank.d,
         )  # fmt: skip
+
+
+class GroupSearch(Search):
+    """ldknn_sm90.cu in the middle."""
+
+    kernel, shared_bytes = "ldknn_search_sm90", GROUP_SHARED_BYTES
+
+
+class Int8Bank(Bank):
+    """The same in INT8."""
+
+    def __init__(self, device: Device, core: Array, density: Array) -> None:
+        super().__init__(device, core, density)
+        self.whole = quantise_bank(core.astype(np.float32))
+        self.rows, self.padded = self.whole.rows.shape
+        self.bank, self.bias = device.put(self.whole.rows), device.put(self.whole.bias)
+        self.centre = device.put(self.whole.centre)
+
+
+class Int8Search(Search):
+    """ldknn_int8.cu's three launches."""
+
+    bank: Int8Bank
+
+    def __init__(self, bank: Int8Bank, features: Array, alpha: float) -> None:
+        super().__init__(bank, features, alpha)
+        device = bank.device
+        self.queries = device.put(np.full((self.m, bank.padded), 99, np.int8))
+        self.keys = device.put(np.full((self.m, KEPT), 2**63, np.uint64))
+        self.grid, self.tiles_a_split = split(self.m, bank.rows, device.multiprocessors, INT8_BLOCKS_A_MULTIPROCESSOR)
+
+    def run(self) -> None:
+        bank, launch = self.bank, self.bank.device.launch
+        launch(
+            "ldknn_int8_round", (max(1, self.m * bank.padded // 1024),), (256,), self.features, bank.centre,
+            self.queries, self.keys, float(bank.whole.inverse), self.m, bank.d, bank.padded,
+        )  # fmt: skip
+        launch(
+            "ldknn_int8_search", self.grid, (256,), self.queries, bank.bank, bank.bias, self.keys, self.m, bank.rows,
+            bank.padded, self.tiles_a_split, shared=SHARED_BYTES,
+        )  # fmt: skip
+        launch(
+            "ldknn_int8_finish", (-(-self.m // 8),), (256,), self.features, bank.core, bank.density, self.keys,
+            self.scores, self.winners, float(self.alpha), self.m, bank.n, bank.d,
+        )  # fmt: skip
+
+
+def searches(device: Device) -> dict[str, tuple[type[Bank], type[Search]]]:
+    """The forms of the search that this device has, by name."""
+    found: dict[str, tuple[type[Bank], type[Search]]] = {
+        "ldknn": (Bank, Search),
+        "ldknn_int8": (Int8Bank, Int8Search),
+    }
+    return found | ({"ldknn_sm90": (Bank, GroupSearch)} if device.has_group_product else {})
 
 
 def make_features(m: int, n: int, d: int, seed: int) -> tuple[Array, Array, Array]:
@@ -97,12 +163,14 @@ def make_features(m: int, n: int, d: int, seed: int) -> tuple[Array, Array, Arra
     return features, core, rng.random(n, np.float32)
 
 
-def check_search(device: Device, m: int, n: int, d: int, seed: int) -> list[Check]:
+def check_search(device: Device, form: str, shape: tuple[int, int, int], seed: int) -> list[Check]:
+    m, n, d = shape
     features, core, density = make_features(m, n, d, seed)
-    search = Search(Bank(device, core, density), features, 0.25)
+    make_bank, make_search = searches(device)[form]
+    search = make_search(make_bank(device, core, density), features, 0.25)
     search.run()
     winners, scores = device.get(search.winners), device.get(search.scores)
-    name = f"ldknn {m} x {n} x {d}"
+    name = f"{form} {m} x {n} x {d}"
     if winners.min() < 0 or winners.max() >= n:
         return [Check(f"{name}: queries without a winner", float((winners < 0).sum()), 0.0)]
     nearest, best = exact_nearest(features, core)
@@ -130,20 +198,21 @@ def exact_nearest(features: Array, core: Array) -> tuple[Array, Array]:
     return rows, best
 
 
-def check_ties(device: Device) -> list[Check]:
+def check_ties(device: Device, form: str) -> list[Check]:
     """Equal rows in other columns, tiles and splits: the lowest one wins; a NaN stays its query's own."""
     features, core, density = make_features(40, 1000, 48, 3)
     core[[133, 400, 999]] = core[7]
     features[:4] = core[[7, 999, 400, 133]]
     features[20, 5] = np.nan
-    search = Search(Bank(device, core, density), features, 0.0)
+    make_bank, make_search = searches(device)[form]
+    search = make_search(make_bank(device, core, density), features, 0.0)
     search.run()
     winners, scores = device.get(search.winners), device.get(search.scores)
     others = np.delete(scores, 20)
     return [
-        Check("ldknn: ties that did not go to the lowest row", float((winners[:4] != 7).sum()), 0.0),
-        Check("ldknn: NaN queries with a number", float(np.isfinite(scores[20])), 0.0),
-        Check("ldknn: other queries without one", float((~np.isfinite(others)).sum()), 0.0),
+        Check(f"{form}: ties that did not go to the lowest row", float((winners[:4] != 7).sum()), 0.0),
+        Check(f"{form}: NaN queries with a number", float(np.isfinite(scores[20])), 0.0),
+        Check(f"{form}: other queries without one", float((~np.isfinite(others)).sum()), 0.0),
     ]
 
 
@@ -165,13 +234,16 @@ def check_preprocess(device: Device, kind: str, frame_hw: tuple[int, int], size:
         f"preprocess_{kind}", (-(-size[1] // 32), -(-size[0] // 8)), (32, 8), device.put(pixels), found, *tables,
         device.put(scale), device.put(offset), *frame_hw, *size,
     )  # fmt: skip
-    if kind == "bgr8":
-        pixels = np.ascontiguousarray(pixels[:, :, ::-1])
-    if kind == "bayerrg8":
-        pixels = reference.demosaic(pixels[:, :, 0])
-    wanted = reference.normalise(pixels, size, MEAN, STD)[0]
+    wanted = reference.normalise(to_plain(pixels, kind), size, MEAN, STD)[0]
     deviation = float(np.abs(device.get(found).astype(np.float64) - wanted).max())
     return Check(f"preprocess {kind} {frame_hw} -> {size}", deviation, 0.5 * to_eight_bit / min(STD) + 2.0**-9)
+
+
+def to_plain(pixels: Array, kind: str) -> Array:
+    """Gray or RGB, by the references."""
+    if kind.startswith("bgr"):
+        return np.ascontiguousarray(pixels[:, :, ::-1])
+    return reference.demosaic(pixels[:, :, 0]) if kind.startswith("bayer") else pixels
 
 
 def check_postprocess(device: Device, grid: tuple[int, int], size: tuple[int, int], seed: int) -> list[Check]:
@@ -211,8 +283,10 @@ def check_all(device: Device, *, is_small: bool) -> list[Check]:
     shapes = [(130, 300, 40), (77, 513, 152), (1, 1, 1)]
     if not is_small:
         shapes += [(784, 10_000, 384), (1024, 4000, 152), (3136, 20_000, 128), (784, 100_000, 384), (100, 3000, 1536)]
-    checks = [check for seed, shape in enumerate(shapes) for check in check_search(device, *shape, seed)]
-    checks += check_ties(device)
+    checks = []
+    for form in searches(device):
+        checks += [check for seed, shape in enumerate(shapes) for check in check_search(device, form, shape, seed)]
+        checks += check_ties(device, form)
     sizes = [((90, 130), (64, 64))] if is_small else [((90, 130), (64, 64)), ((2048, 2448), (256, 256))]
     for seed, (frame_hw, size) in enumerate(sizes):
         checks += [check_preprocess(device, kind, frame_hw, size, seed) for kind in KINDS]

@@ -248,6 +248,19 @@ def search_table() -> str:
     return "\n".join(lines)
 
 
+def int8_table() -> str:
+    """What the INT8 search finds, by bank rows and kept rows, from int8.json; the shipped number of rows is marked."""
+    found = json.loads((RESULTS / "int8.json").read_text())
+    counts = [each["kept"] for each in found["search"][0]["good"]]
+    heads = [f"{kept} kept{' (ldknn_int8.cu)' if kept == found['kept'] else ''}" for kept in counts]
+    lines = [f"| rows | frames | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for each in found["search"]:
+        for kind, words in (("good", "good"), ("defect", "with a defect")):
+            cells = [f"{one['found']:.3%}; {one['worstExcess']:.2%}" for one in each[kind]]
+            lines.append(f"| {each['rows']} | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def put(text: str, mark: str, block: str) -> str:
     """The page with what stands between a mark's begin and end replaced."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
@@ -277,6 +290,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/accuracy.md", "limit"): limit_table(),
         ("docs/performance.md", "transport"): transport_table(),
         ("docs/performance.md", "search"): search_table(),
+        ("docs/performance.md", "int8"): int8_table(),
         ("docs/reliability.md", "runs"): reliability_table(),
     }
     stale = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 PixelArray = npt.NDArray[Any]  # uint8 or uint16
+Layout = Literal["plain", "bgr", "bayerrg"]
 
 
 class Outcome(str, Enum):
@@ -72,9 +73,14 @@ class RawFrame:
 
 @dataclass(frozen=True)
 class Frame:
-    """A decoded frame: (H W 1) gray or (H W 3) RGB, uint8 or uint16."""
+    """The pixels of a frame, uint8 or uint16.
+
+    `plain` is (H W 1) gray or (H W 3) RGB; `bgr` (H W 3) and `bayerrg` (H W 1), a mosaic, are as a camera or a file
+    has them, for a backend that converts by itself; decode.to_plain makes them plain.
+    """
 
     pixels: PixelArray
+    layout: Layout = "plain"
 
 
 @dataclass(frozen=True)

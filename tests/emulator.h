@@ -37,7 +37,7 @@ struct Dim3 {
 namespace emulator {
 
 constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 232 << 10;
-alignas(128) inline unsigned char shared[kSharedBytes];
+alignas(1024) inline unsigned char shared[kSharedBytes];
 inline bool copies_are_late = false;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -315,6 +315,54 @@ inline void multiply_add(int (&sum)[4], const unsigned (&a)[4], unsigned b0, uns
   emulator::multiply<int, int8_t, 4, emulator::byte_value>(sum, a, b0, b1);
 }
 
+// Hopper's product of a warpgroup, by the PTX manual's tables for wgmma and its 128-byte swizzle: a descriptor's address is
+// that of logical bytes, of which bits 4 to 6 are turned by bits 7 to 9. What cannot be shown: that a product waits for
+// copies to be shown to it, and sums for the product.
+#define HAS_GROUP_PRODUCT
+inline void stop_launch() { emulator::fail("a kernel that this architecture does not have"); }
+inline unsigned long long group_matrix(const void* start) {
+  const unsigned long long address = static_cast<const unsigned char*>(start) - emulator::shared;
+  return (address & 0x3ffff) >> 4 | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
+}
+inline void show_copies() {}
+inline void begin_group_products() {}
+inline void end_group_products() {}
+
+namespace emulator {
+
+inline float group_value(unsigned long long matrix, int row, int column) {
+  if (matrix >> 62 != 1) fail("a matrix of a warpgroup that is not in the 128-byte swizzle");
+  const unsigned start = (matrix & 0x3fff) << 4, unit = (matrix >> 32 & 0x3fff) << 4;
+  const unsigned logical = start + row / 8 * unit + row % 8 * 128 + column * 2;
+  uint16_t bits;
+  memcpy(&bits, shared + (logical ^ (logical >> 7 & 7) << 4), 2);
+  return from_half_bits(bits);
+}
+
+}  // namespace emulator
+
+inline void multiply_group(float (&sum)[16][4], unsigned long long a, unsigned long long b) {
+  struct Argument {
+    float (*sum)[4];
+    unsigned long long a, b;
+    int warp;
+  } own{sum, a, b, emulator::self->number / 32 % 4};
+  emulator::together("multiply_group", &own, [](Argument** lanes) {
+    static float left[16][16], right[128][16];
+    for (int deep = 0; deep < 16; ++deep) {
+      for (int row = 0; row < 16; ++row)
+        left[row][deep] = emulator::group_value(lanes[0]->a, lanes[0]->warp * 16 + row, deep);
+      for (int row = 0; row < 128; ++row) right[row][deep] = emulator::group_value(lanes[0]->b, row, deep);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int across = 0; across < 16; ++across)
+        for (int item = 0; item < 4; ++item)
+          for (int deep = 0; deep < 16; ++deep)
+            lanes[lane]->sum[across][item] +=
+                left[lane / 4 + item / 2 * 8][deep] * right[across * 8 + lane % 4 * 2 + item % 2][deep];
+  });
+}
+
 template <typename Value>
 Value exchange(Value value, int lane_mask) {
   struct Argument {
@@ -343,8 +391,10 @@ inline unsigned vote(bool answer) {
 inline void keep_largest(unsigned* cell, unsigned value) {
   if (value > *cell) *cell = value;
 }
-inline void keep_largest(unsigned long long* cell, unsigned long long value) {
-  if (value > *cell) *cell = value;
+inline unsigned long long keep_largest(unsigned long long* cell, unsigned long long value) {
+  const unsigned long long before = *cell;
+  if (value > before) *cell = value;
+  return before;
 }
 
 #define ENLIST(kernel) static const bool enlisted_##kernel = emulator::enlist(#kernel, kernel)

@@ -25,6 +25,7 @@ def load(name: str, *defines: str) -> ctypes.CDLL:
         "-O2",
         "-fPIC",
         "-shared",
+        "-fno-gnu-unique",  # else all libraries share one list of kernels, and the last one's would run
         "-DINSPECTD_EMULATED",
         f"-I{Path(__file__).parent}",
     ]

@@ -121,6 +121,39 @@ def ldknn(queries: Anything, core: Anything, densities: Anything, alpha: float) 
     return nearest - alpha * densities.astype(np.float64)[winner], winner
 
 
+def ldknn_int8(
+    queries: Anything,
+    core: Anything,
+    densities: Anything,
+    alpha: float,
+    centre: Anything,
+    inverse: float,
+    kept: int,
+) -> tuple[Array, NDArray[np.int64]]:
+    """ldknn, but m* is the plain nearest of the `kept` rows that are nearest in INT8.
+
+    In INT8 a vector is round((x - centre) * inverse) in float32, cut off at +-127, and the order that of
+    q.m + floor(-|m|^2 / 2) in integers, the largest first; equal ones go to the lowest row, here and at the end.
+    """
+    whole_core = _to_int8(core, centre, inverse)
+    bias = -((np.sum(whole_core * whole_core, axis=1) + 1) // 2)
+    winners = []
+    for query, whole in zip(queries, _to_int8(queries, centre, inverse), strict=True):
+        order = np.argsort(-(whole_core @ whole + bias), kind="stable")
+        candidates = np.sort(order[:kept])
+        winners.append(candidates[np.argmin(distances_sq(query[None], core[candidates])[0])])
+    winner = np.array(winners)
+    nearest = np.array(
+        [distances_sq(query[None], core[[row]])[0, 0] for query, row in zip(queries, winner, strict=True)]
+    )
+    return nearest - alpha * densities.astype(np.float64)[winner], winner
+
+
+def _to_int8(values: Anything, centre: Anything, inverse: float) -> NDArray[np.int64]:
+    scaled = (values.astype(np.float32) - centre.astype(np.float32)) * np.float32(inverse)
+    return np.clip(np.rint(scaled), -127, 127).astype(np.int64)
+
+
 def upsample_bilinear(grid: Anything, size_hw: tuple[int, int]) -> Array:
     """(gh gw) -> (h w), half-pixel centres, edges clamped. Source: torch's interpolate, align_corners=False."""
     rows, columns = bilinear_weights(size_hw[0], grid.shape[0]), bilinear_weights(size_hw[1], grid.shape[1])

@@ -9,17 +9,22 @@ from __future__ import annotations
 import shutil
 import threading
 
+import cv2
 import numpy as np
 import pytest
 
 from daemon.bundle import BANK, NETWORKS, open_bundle, seal_bundle
 from daemon.errors import BundleError, DeviceError
-from daemon.inspection.backend import open_backend
+from daemon.inspection.backend import ldknn, open_backend
+from daemon.inspection.backend.cpu import normalise
 from daemon.inspection.backend.cuda import CudaBackend, why_not
+from daemon.inspection.backend.search import KEPT, quantise_bank
+from daemon.inspection.decode import decode, to_plain
 from daemon.inspection.golden import check_golden
-from daemon.inspection.pipeline import Pipeline
+from daemon.inspection.pipeline import Pictures, Pipeline
+from daemon.inspection.tensors import load_bank
 from daemon.keys import load_trusted, make_signing_key
-from daemon.types import Frame, Outcome, Reason
+from daemon.types import Frame, Outcome, RawFrame, Reason
 from tests import bundles, fake_cuda, reference
 from tests.fake_cuda import Error, Gpu, Plan, install
 from tests.test_branches import STANDARD, with_repair
@@ -112,6 +117,64 @@ def test_map_and_score_are_the_cpus_to_within_fp16(backend, bundle, size_hw, cha
         assert timings.infer_ms is None
         np.testing.assert_array_equal(backend.mask(), found.values >= np.float32(product.limit))
     assert backend.mask().any()
+
+
+COLOURS = [("BGR8", "bgr8", (90, 130, 3)), ("BayerRG8", "bayerrg8", (90, 130)), ("BayerRG8", "bayerrg8", (65, 101))]
+
+
+def colour_frame(pixel_format, shape, make=bundles.bad_pixels):
+    """A raw frame whose channels, or mosaic's cells, differ."""
+    pixels = np.repeat(make(4, shape[:2]), 3, axis=2)
+    pixels[:, :, 1] = np.roll(pixels[:, :, 1], 5, axis=1)
+    pixels[:, :, 2] //= 2
+    if pixel_format == "BayerRG8":
+        rows, columns = np.indices(shape)
+        pixels = np.take_along_axis(pixels, (rows % 2 + columns % 2)[:, :, None], axis=2)
+    payload = memoryview(pixels.tobytes())
+    return RawFrame("cam1", "e", 0, None, 0, "raw", shape, pixel_format, None, payload)
+
+
+@pytest.mark.parametrize(("pixel_format", "kind", "shape"), COLOURS)
+def test_colours_are_uploaded_as_they_came_and_are_the_cpus_to_one_level(
+    backend, bundle, gpu, pixel_format, kind, shape
+):
+    raw = colour_frame(pixel_format, shape)
+    found = backend.run(decode(raw))[0]
+    recorded = [name for name, _ in gpu.graphs[1]]
+    assert recorded == [name.replace("mono8", kind) for name in GRAPH]
+    (size,) = backend._sizes.values()
+    assert size.host.tobytes() == bytes(raw.payload)
+    image = backend.tap("image", (1, 3, *SIZE), np.float16)
+    on_cpu_image = normalise(decode(raw), bundle.manifest.preprocessing)
+    # One level of the frame's own pixels, where a sum lies at a half, and half a unit of FP16's last place at 4.
+    assert np.abs(image - on_cpu_image).max() <= 1.0 / min(bundle.manifest.preprocessing.std) + 2.0**-9
+    assert len(np.unique(np.abs(image).max(axis=(2, 3)))) == 3  # the channels are not one another's
+    wanted = on_cpu(bundle, to_plain(decode(raw)).pixels)
+    product = bundle.manifest.products["part"]
+    assert np.abs(found.values - wanted.values).max() < 0.02 * (product.limit - product.medianGood)
+
+
+def test_same_bytes_in_another_order_of_colours_are_another_frame(backend, gpu):
+    pixels = np.frombuffer(colour_frame("BGR8", (64, 64, 3)).payload, np.uint8).reshape(64, 64, 3)
+    backend.run(Frame(pixels))
+    plain = backend.tap("image", (1, 3, *SIZE), np.float16)
+    backend.run(Frame(pixels, "bgr"))
+    assert len(gpu.graphs) == 2
+    turned = backend.tap("image", (1, 3, *SIZE), np.float16)
+    backend.run(Frame(np.ascontiguousarray(pixels[:, :, ::-1])))
+    np.testing.assert_array_equal(turned, backend.tap("image", (1, 3, *SIZE), np.float16))
+    assert (turned != plain).any()
+
+
+def test_pictures_of_a_mosaic_are_the_cpus(backend, bundle):
+    raw = colour_frame("BayerRG8", (90, 130))
+    wanted = Pictures(frame_on_reject=True)
+    on_gpu = Pipeline(bundle, backend, wanted).inspect(raw, "part")
+    cpu = open_backend(bundle, "cpu", "f32", 1)
+    assert on_gpu.outcome is Outcome.REJECT
+    assert on_gpu.pictures["frame"] == Pipeline(bundle, cpu, wanted).inspect(raw, "part").pictures["frame"]
+    assert cv2.imdecode(np.frombuffer(on_gpu.pictures["frame"], np.uint8), cv2.IMREAD_COLOR).shape == (90, 130, 3)
+    cpu.close()
 
 
 def test_every_stage_is_the_references(backend, bundle):
@@ -239,9 +302,34 @@ def test_bank_is_split_over_the_gpu_and_the_winner_is_the_same(monkeypatch, bund
     install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), tensors()), multiprocessors=multiprocessors))
     backend = CudaBackend(bundle)
     score = backend.run(Frame(bundles.bad_pixels(4)))[0].score
-    assert backend._search_blocks[1] == {1: 2, 2: 3, 132: 3}[multiprocessors]
+    assert backend._search.blocks[1] == {1: 2, 2: 3, 132: 3}[multiprocessors]
     install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), tensors())))
     assert CudaBackend(bundle).run(Frame(bundles.bad_pixels(4)))[0].score == score
+
+
+def test_int8_search_takes_its_three_kernels_and_is_its_reference(backend, bundle, gpu, monkeypatch):
+    pixels = bundles.bad_pixels(4)
+    backend.run(Frame(pixels))
+    in_fp16 = backend.tap("ldknn", (64,), np.float32)
+    monkeypatch.setattr(ldknn, "FORM", "int8")
+    again = CudaBackend(bundle)
+    again.run(Frame(pixels))
+    assert [name for name, _ in gpu.graphs[2]] == [name.replace("ldknn", "ldknn_int8") for name in GRAPH]
+    bank = load_bank(bundle)
+    whole = quantise_bank(bank["core"])
+    features = again.tap("features", (64, bundles.CHANNELS), np.float32)
+    wanted, rows = reference.ldknn_int8(
+        features, bank["core"], bank["density"], bundle.manifest.alpha, whole.centre, whole.inverse, KEPT
+    )
+    np.testing.assert_array_equal(again.tap("winners", (64,), np.int32), rows)
+    in_int8 = again.tap("ldknn", (64,), np.float32)
+    np.testing.assert_allclose(in_int8, wanted, rtol=1e-5, atol=1e-5)
+    is_other = rows != backend.tap("winners", (64,), np.int32)
+    np.testing.assert_array_equal(in_int8[~is_other], in_fp16[~is_other])
+    # A patch far outside the bank is cut off in INT8, and may be measured to a row that is not the nearest.
+    centred = np.abs(features - whole.centre) * whole.inverse
+    assert (centred[is_other].max(axis=1) > 127).all()
+    assert check_golden(Pipeline(bundle, again)) < 1.0
 
 
 def test_context_is_current_only_inside_a_call_on_any_thread(backend, gpu):
@@ -363,11 +451,16 @@ def test_fault_while_recording_ends_the_capture_and_the_next_frame_is_inspected(
 
 
 @pytest.mark.parametrize(
-    "pixels", [np.zeros((64, 64, 3), np.uint16), np.zeros((1, 40_000, 1), np.uint8)], ids=["deep colour", "endless row"]
-)
-def test_frame_that_the_gpu_cannot_take_is_a_device_error(backend, pixels):
-    with pytest.raises(DeviceError, match=r"found a frame of shape .*, wanted gray of 8 or 16 bit or RGB of 8 bit"):
-        backend.run(Frame(pixels))
+    "frame",
+    [
+        Frame(np.zeros((64, 64, 3), np.uint16)), Frame(np.zeros((1, 40_000, 1), np.uint8)),
+        Frame(np.zeros((64, 64, 1), np.uint16), "bayerrg"),
+    ],
+    ids=["deep colour", "endless row", "deep mosaic"],
+)  # fmt: skip
+def test_frame_that_the_gpu_cannot_take_is_a_device_error(backend, frame):
+    with pytest.raises(DeviceError, match=r"found a frame of shape .*, wanted gray of 8 or 16 bit or colours of 8 bit"):
+        backend.run(frame)
     assert backend.run(Frame(bundles.good_pixels(0)))[0].score
 
 

@@ -23,6 +23,7 @@ class Emulated:
     """bench.gpu_parity.Device on the emulator."""
 
     multiprocessors = 2
+    has_group_product = True
 
     def __init__(self, spoil=None):
         self._spoil = spoil
@@ -47,7 +48,18 @@ def test_right_kernels_pass_every_check(capsys):
     checks = check_all(Emulated(), is_small=True)
     assert report(checks), capsys.readouterr().out
     said = capsys.readouterr().out
-    for kernel in ("ldknn 130 x 300 x 40", "ties", "mono8", "mono16", "rgb8", "bgr8", "bayerrg8", "postprocess"):
+    for kernel in (
+        "ldknn 130 x 300 x 40",
+        "ldknn_int8 130 x 300 x 40",
+        "ldknn_sm90 130 x 300 x 40",
+        "ties",
+        "mono8",
+        "mono16",
+        "rgb8",
+        "bgr8",
+        "bayerrg8",
+        "postprocess",
+    ):
         assert kernel in said
 
 
@@ -57,6 +69,9 @@ def test_right_kernels_pass_every_check(capsys):
     [
         ("ldknn_finish", lambda a: a[5].__setitem__(slice(0, 5), 0), "winners"),
         ("ldknn_finish", lambda a: a[4].__setitem__(0, a[4][0] + 0.1), "score of the winner"),
+        ("ldknn_int8_finish", lambda a: a[5].__setitem__(slice(0, 5), 0), "ldknn_int8 130 x 300 x 40: winners"),
+        ("ldknn_int8_finish", lambda a: a[4].__setitem__(0, a[4][0] + 0.1), "score of the winner"),
+        ("ldknn_search_sm90", lambda a: a[3].__setitem__(slice(0, 5), 2**64 - 1), "ldknn_sm90 130 x 300 x 40: winners"),
         ("preprocess_rgb8", lambda a: a[1].__setitem__((0, 0, 0), np.nan), "preprocess rgb8"),
         ("preprocess_mono16", lambda a: a[1].__setitem__((0, 0), a[1][0, 0] + 0.1), "preprocess mono16"),
         ("postprocess", lambda a: a[12].__setitem__((3, 3), 99.0), "map"),
@@ -74,7 +89,7 @@ def test_wrong_kernel_fails_its_check(kernel, spoil, named):
 def test_backend_passes_its_own_check_with_the_networks_left_out(monkeypatch, capsys):
     gpu = install(monkeypatch, Gpu(), tensorrt=None)
     assert report(gpu_backend.check_backend((64, 64), (8, 8), 300, [(64, 64), (80, 70), (66, 64), (64, 90), (70, 64)]))
-    assert gpu.log.count("graph closed") == 5  # one made room, four were closed at the end
+    assert gpu.log.count("graph closed") == 7  # three made room, four were closed at the end
     assert gpu.log[-1] == "detach"
 
 

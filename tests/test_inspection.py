@@ -30,10 +30,10 @@ from daemon.errors import BundleError, DeviceError, FrameError
 from daemon.inspection.backend import open_backend
 from daemon.inspection.backend.cpu import CpuBackend
 from daemon.inspection.backend.tables import smoothing_operator
-from daemon.inspection.decode import decode, encoded_size
+from daemon.inspection.decode import decode, encoded_size, to_plain
 from daemon.inspection.engine import Done, Engine, Job
 from daemon.inspection.golden import check_golden
-from daemon.inspection.pipeline import Pictures, Pipeline
+from daemon.inspection.pipeline import Pictures, Pipeline, for_display
 from daemon.inspection.tensors import load_bank
 from daemon.inspection.verdict import MAX_REGIONS, decide, find_regions, p_value
 from daemon.keys import make_signing_key
@@ -73,6 +73,11 @@ def raw(payload: bytes, shape: tuple[int, ...], pixel_format: str = "Mono8", enc
     return RawFrame("cam1", "e", 0, None, 0, encoding, shape, pixel_format, None, memoryview(payload))
 
 
+def plain(frame: RawFrame) -> NDArray[Any]:
+    """Its pixels in gray or RGB."""
+    return to_plain(decode(frame)).pixels
+
+
 def encoded(pixels: NDArray[Any], extension: str = ".png", *options: int) -> bytes:
     """PNG or JPEG of gray or RGB pixels."""
     return cv2.imencode(extension, pixels[:, :, ::-1] if pixels.ndim == 3 else pixels, options)[1].tobytes()
@@ -99,8 +104,34 @@ def test_sixteen_bit_gray_is_little_endian() -> None:
 
 def test_rgb_stays_as_it_is_and_bgr_is_turned_round() -> None:
     pixels = noise((5, 7, 3))
-    assert np.array_equal(decode(raw(pixels.tobytes(), (5, 7, 3), "RGB8")).pixels, pixels)
-    assert np.array_equal(decode(raw(pixels[:, :, ::-1].tobytes(), (5, 7, 3), "BGR8")).pixels, pixels)
+    assert np.array_equal(plain(raw(pixels.tobytes(), (5, 7, 3), "RGB8")), pixels)
+    assert np.array_equal(plain(raw(pixels[:, :, ::-1].tobytes(), (5, 7, 3), "BGR8")), pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixel_format", "shape", "layout"),
+    [
+        ("Mono8", (5, 7, 1), "plain"),
+        ("RGB8", (5, 7, 3), "plain"),
+        ("BGR8", (5, 7, 3), "bgr"),
+        ("BayerRG8", (5, 7, 1), "bayerrg"),
+    ],
+)
+def test_raw_pixels_leave_as_they_came_and_are_not_copied(
+    pixel_format: str, shape: tuple[int, ...], layout: str
+) -> None:
+    sent = raw(noise(shape).tobytes(), shape, pixel_format)
+    frame = decode(sent)
+    assert frame.layout == layout
+    assert frame.pixels.shape == shape
+    assert np.shares_memory(frame.pixels, np.frombuffer(sent.payload, np.uint8))
+
+
+def test_display_of_a_mosaic_or_of_bgr_is_that_of_its_colours() -> None:
+    for sent in (raw(noise((8, 6)).tobytes(), (8, 6), "BayerRG8"), raw(noise((8, 6, 3)).tobytes(), (8, 6, 3), "BGR8")):
+        shown = for_display(decode(sent))
+        assert shown.shape == (8, 6, 3)
+        assert np.array_equal(shown[:, :, ::-1], plain(sent))
 
 
 def mosaic(shape: tuple[int, int], red: int, green: int, blue: int) -> NDArray[np.uint8]:
@@ -116,7 +147,7 @@ def mosaic(shape: tuple[int, int], red: int, green: int, blue: int) -> NDArray[n
 def test_bayer_mosaic_of_a_flat_colour_becomes_that_colour_up_to_the_border(
     shape: tuple[int, int], color: tuple[int, int, int]
 ) -> None:
-    pixels = decode(raw(mosaic(shape, *color).tobytes(), shape, "BayerRG8")).pixels
+    pixels = plain(raw(mosaic(shape, *color).tobytes(), shape, "BayerRG8"))
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, np.broadcast_to(np.array(color, np.uint8), (*shape, 3)))
 
@@ -142,21 +173,21 @@ def test_bayer_mosaic_too_small_to_interpolate_is_refused(shape: tuple[int, int]
     ids=["gray", "gray 16 bit", "RGB8", "BGR8"],
 )
 def test_png_is_decoded_exactly(pixels: NDArray[Any], pixel_format: str) -> None:
-    found = decode(raw(encoded(pixels), pixels.shape, pixel_format, "png")).pixels
+    found = plain(raw(encoded(pixels), pixels.shape, pixel_format, "png"))
     assert found.dtype == pixels.dtype
     assert np.array_equal(found, pixels.reshape(9, 7, -1))
 
 
 def test_bayer_mosaic_in_a_png_is_interpolated_like_a_raw_one() -> None:
     pixels = mosaic((16, 16), 200, 100, 50)
-    from_png = decode(raw(encoded(pixels), (16, 16), "BayerRG8", "png")).pixels
-    assert np.array_equal(from_png, decode(raw(pixels.tobytes(), (16, 16), "BayerRG8")).pixels)
+    from_png = plain(raw(encoded(pixels), (16, 16), "BayerRG8", "png"))
+    assert np.array_equal(from_png, plain(raw(pixels.tobytes(), (16, 16), "BayerRG8")))
 
 
 @pytest.mark.parametrize("color", [(250, 10, 10), (10, 250, 10), (10, 10, 250)])
 def test_jpeg_keeps_the_order_of_colours(color: tuple[int, int, int]) -> None:
     pixels = np.broadcast_to(np.array(color, np.uint8), (16, 24, 3))
-    found = decode(raw(encoded(pixels, ".jpg"), (16, 24, 3), "RGB8", "jpeg")).pixels.astype(int)
+    found = plain(raw(encoded(pixels, ".jpg"), (16, 24, 3), "RGB8", "jpeg")).astype(int)
     assert np.abs(found - color).max() <= 4  # chroma is rounded twice, and weighs at most 1.8 in a channel
 
 

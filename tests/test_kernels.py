@@ -10,6 +10,7 @@ import pytest
 
 from daemon.bundle import Preprocessing
 from daemon.inspection.backend.cpu import normalise
+from daemon.inspection.backend.search import KEPT, Int8Bank, quantise_bank
 from daemon.inspection.backend.tables import banded, resampling, smoothing_operator
 from daemon.types import Frame
 from tests import reference
@@ -42,14 +43,14 @@ class Search:
         self.bias = np.full(self.rows, -3e38, np.float32)
         self.bias[: self.n] = -0.5 * np.square(self.bank[: self.n].astype(np.float64)).sum(1)
 
-    def run(self, *, alpha=0.25, splits=1, late=False):
-        library = load("ldknn")
+    def run(self, *, alpha=0.25, splits=1, late=False, kernel="ldknn_search"):
+        library = load("inspectd")
         queries = np.full((self.m, self.padded), np.nan, np.float16)
         keys = np.full(self.m, 2**64 - 1, np.uint64)  # what the last frame left
         launch(library, "ldknn_round", (3,), THREADS, self.features, queries, keys, self.m, self.d, self.padded)
         tiles = -(-(self.rows // BN) // splits)
         launch(
-            library, "ldknn_search", (-(-self.m // BM), splits), THREADS,
+            library, kernel, (-(-self.m // BM), splits), THREADS,
             queries, self.bank, self.bias, keys, self.m, self.rows, self.padded, tiles, late=late,
         )  # fmt: skip
         scores, winners = np.full(self.m, -1, np.float32), np.full(self.m, -7, np.int32)
@@ -145,6 +146,184 @@ def test_far_away_queries_keep_their_order():
     scores, winners = search.run(alpha=0.1)
     np.testing.assert_array_equal(winners, np.arange(50))
     assert_nearest(search, scores, winners, 0.1)
+
+
+# The same by a warpgroup's products
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "d", "splits"),
+    [(1, 1, 1, 1), (130, 300, 40, 2), (128, 128, 64, 1), (77, 513, 152, 5), (200, 700, 96, 3)],
+)
+def test_warpgroups_find_what_warps_find(m, n, d, splits, late):
+    """On the emulator, which adds along the channels in both, to the last bit."""
+    search = random_search(m, n, d)
+    wanted = search.run(splits=splits)
+    found = search.run(splits=splits, late=late, kernel="ldknn_search_sm90")
+    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert_nearest(search, *found, 0.25)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_equal_rows_go_to_the_lowest_one_in_a_warpgroup(splits):
+    rng = np.random.default_rng(1)
+    core = rng.normal(size=(500, 16)).astype(np.float32)
+    core[[133, 260, 499]] = core[7]
+    search = Search(core[[7, 499, 300, 5]], core, np.zeros(500))
+    scores, winners = search.run(alpha=0.0, splits=splits, kernel="ldknn_search_sm90")
+    assert list(winners) == [7, 7, 300, 5]
+    np.testing.assert_array_equal(scores, 0.0)
+
+
+def test_nan_in_a_query_is_nan_in_its_score_alone_in_a_warpgroup():
+    search = random_search(40, 200, 33, seed=2)
+    search.features[11, 32] = np.nan
+    scores, winners = search.run(kernel="ldknn_search_sm90")
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [11]
+    assert winners[11] == -1
+
+
+# The same in INT8
+
+
+class WholeSearch(Search):
+    """Quantised as the backend does, or with a scale of the test's own."""
+
+    def __init__(self, features, core, density, *, inverse=None):
+        super().__init__(features, core, density)
+        self.whole = quantise_bank(self.core)
+        if inverse is not None:
+            rows = np.zeros_like(self.whole.rows)
+            scaled = (self.core - self.whole.centre) * np.float32(inverse)
+            rows[: self.n, : self.d] = np.clip(np.rint(scaled), -127, 127)
+            bias = -((np.square(rows.astype(np.int64)).sum(1) + 1) // 2)
+            bias[self.n :] = -(2**30)
+            self.whole = Int8Bank(rows, bias.astype(np.int32), self.whole.centre, np.float32(inverse))
+
+    def run(self, *, alpha=0.25, splits=1, late=False, kept=KEPT):
+        library = load("ldknn_int8", *([] if kept == KEPT else [f"KEPT={kept}"]))
+        rows, padded = self.whole.rows.shape
+        queries, keys = np.full((self.m, padded), 99, np.int8), np.full((self.m, kept), 2**64 - 1, np.uint64)
+        launch(
+            library, "ldknn_int8_round", (3,), THREADS, self.features, self.whole.centre, queries, keys,
+            float(self.whole.inverse), self.m, self.d, padded,
+        )  # fmt: skip
+        launch(
+            library, "ldknn_int8_search", (-(-self.m // BM), splits), THREADS,
+            queries, self.whole.rows, self.whole.bias, keys, self.m, rows, padded, -(-(rows // BN) // splits), late=late,
+        )  # fmt: skip
+        self.keys = keys
+        scores, winners = np.full(self.m, -1, np.float32), np.full(self.m, -7, np.int32)
+        launch(
+            library, "ldknn_int8_finish", (-(-self.m // 8),), THREADS,
+            self.features, self.core, self.density, keys, scores, winners, float(alpha), self.m, self.n, self.d,
+        )  # fmt: skip
+        return scores, winners
+
+    def reference(self, alpha, kept=KEPT):
+        whole = self.whole
+        return reference.ldknn_int8(
+            self.features, self.core, self.density, alpha, whole.centre, float(whole.inverse), kept
+        )
+
+
+def whole_search(m, n, d, seed=0, **options):
+    made = random_search(m, n, d, seed)
+    return WholeSearch(made.features, made.core, made.density, **options)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "d", "splits"),
+    [(1, 1, 1, 1), (130, 300, 40, 2), (128, 128, 64, 1), (77, 513, 152, 5), (30, 3, 70, 1)],
+)
+def test_int8_search_is_its_reference_and_finds_the_nearest_row(m, n, d, splits, late):
+    search = whole_search(m, n, d)
+    scores, winners = search.run(alpha=0.5, splits=splits, late=late)
+    wanted, rows = search.reference(0.5)
+    np.testing.assert_array_equal(winners, rows)  # integers and float32 alone decide: no bound is needed
+    np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-5)
+    _, exact = reference.ldknn(search.features, search.core, search.density, 0.5)
+    assert (winners == exact).mean() >= 0.99
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_int8_keeps_the_best_rows_in_order_whatever_the_splits(kept):
+    """So coarse that most rows have equals: every order of blocks must name the same ones."""
+    search = whole_search(60, 900, 40, seed=4, inverse=1.5)
+    whole = search.whole
+    scaled = (search.features - whole.centre) * whole.inverse
+    queries = np.clip(np.rint(scaled), -127, 127).astype(np.int64)
+    table = queries @ whole.rows[: search.n, : search.d].astype(np.int64).T + whole.bias[: search.n]
+    order = np.argsort(-table, axis=1, kind="stable")[:, :kept]
+    assert (np.diff(np.sort(table, axis=1)[:, ::-1][:, : kept + 1], axis=1) == 0).any()  # ties at the very edge
+    for splits in (1, 2, 3, 8):
+        scores, winners = search.run(splits=splits, late=splits % 2 == 0, kept=kept)
+        np.testing.assert_array_equal(~search.keys.astype(np.uint32), order.astype(np.uint32))
+        wanted, rows = search.reference(0.25, kept)
+        np.testing.assert_array_equal(winners, rows)
+        np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_ranking_the_kept_rows_again_is_what_finds_the_nearest():
+    """Coarse on purpose: INT8's own first row is often wrong, the nearest of the four is not."""
+    search = whole_search(130, 600, 48, seed=6, inverse=6.0)
+    _, exact = reference.ldknn(search.features, search.core, search.density, 0.0)
+    shares = {kept: (search.run(kept=kept)[1] == exact).mean() for kept in (1, 2, 4)}
+    assert shares[1] < shares[2] <= shares[4]
+    assert shares[4] >= 0.99
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_equal_rows_go_to_the_lowest_one_in_int8(splits):
+    rng = np.random.default_rng(1)
+    core = rng.normal(size=(500, 16)).astype(np.float32)
+    core[[133, 134, 260, 261, 499]] = core[7]  # more equal ones than are kept
+    core[300] = core[299]
+    search = WholeSearch(core[[7, 499, 300, 5]], core, np.zeros(500))
+    for late in (False, True):
+        scores, winners = search.run(alpha=0.0, splits=splits, late=late)
+        assert list(winners) == [7, 7, 299, 5]
+        np.testing.assert_array_equal(scores, 0.0)
+
+
+def test_nan_and_infinity_in_a_query_are_nan_in_its_score_alone_in_int8():
+    search = whole_search(40, 200, 33, seed=2)
+    search.features[11, 32], search.features[12, 0] = np.nan, np.inf
+    scores, winners = search.run()
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [11, 12]
+    assert winners[[11, 12]].tolist() == [-1, -1]
+    assert (np.delete(winners, [11, 12]) >= 0).all()
+
+
+def test_values_beyond_int8_are_cut_off_and_the_score_is_exact():
+    """A query far outside the bank is still measured to a row of the bank, in f32."""
+    search = whole_search(20, 300, 32, seed=8)
+    search.features[3] *= 100.0
+    scores, winners = search.run(alpha=0.0)
+    own = np.square(search.features[3].astype(np.float64) - search.core[winners[3]]).sum()
+    np.testing.assert_allclose(scores[3], own, rtol=1e-5)
+    np.testing.assert_array_equal(winners, search.reference(0.0)[1])
+
+
+def test_quantised_bank_is_within_half_a_unit_where_it_is_not_cut_off():
+    core = random_search(1, 700, 40, seed=9).core
+    whole = quantise_bank(core)
+    assert whole.rows.shape == (768, 64)
+    assert not whole.rows[700:].any()
+    assert not whole.rows[:, 40:].any()
+    back = whole.rows[:700, :40] / whole.inverse + whole.centre
+    is_cut = np.abs(whole.rows[:700, :40]) == 127
+    assert 0 < is_cut.mean() < 0.001
+    assert np.abs(back - core)[~is_cut].max() <= 0.5001 / whole.inverse
+    norms = np.square(whole.rows[:700].astype(np.int64)).sum(1)
+    np.testing.assert_array_equal(whole.bias[:700], np.floor(-norms / 2))
+    assert (whole.bias[700:] < whole.bias[:700].min() - 127 * 127 * 40).all()  # no padding row wins
+    assert not quantise_bank(
+        np.ones((3, 2), np.float32)
+    ).rows.any()  # all rows alike: no scale, and no division by zero
 
 
 # Preprocessing

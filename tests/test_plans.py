@@ -160,4 +160,6 @@ def test_no_kernel_spills_registers(capability):
     found = ptxas.report(capability)
     assert {"ldknn_search", "ldknn_finish", "preprocess_bayerrg8", "postprocess"} <= set(found)
     assert {name: figures[1:] for name, figures in found.items()} == dict.fromkeys(found, (0, 0, 0))
-    assert found["ldknn_search"][0] <= 128  # two blocks of 256 threads on a multiprocessor
+    assert {"ldknn_int8_search", "ldknn_search_sm90"} <= set(found)
+    for kernel in ("ldknn_search", "ldknn_search_sm90"):
+        assert found[kernel][0] <= 128  # two blocks of 256 threads on a multiprocessor

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from daemon.errors import DeviceError, UsageError
 from daemon.inspection.backend.cubin import COMPILER_OPTIONS, KERNELS, kernels_name
 from daemon.inspection.backend.plan import import_tensorrt, plan_name
 from trainer.progress import say, warn
+
+if TYPE_CHECKING:  # tensorrt-stubs
+    import tensorrt
 
 _IN_F32 = ("Resize", "ReduceMean")  # scales are f32 by the standard; a mean over 200,000 pixels is beyond FP16
 _LARGEST_DEVIATION = 0.02  # of the largest feature: FP16 has eleven bits, and some fifty layers add up their rounding
@@ -113,10 +116,10 @@ def build_plan(network: Path, kind: str, capability: str, folder: Path) -> Path:
     """The plan of an FP16 network. Raises DeviceError with what the builder said."""
     trt = _builder_library(kind)
     logger = _Log(trt)
-    builder = trt.Builder(logger.logger)
+    builder: tensorrt.Builder = trt.Builder(logger.logger)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other kind
     definition = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(definition, logger.logger)
+    parser: tensorrt.OnnxParser = trt.OnnxParser(definition, logger.logger)
     if not parser.parse(network.read_bytes()):
         said = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise DeviceError(f"{trt.__name__} cannot read {network.name}: {said}")

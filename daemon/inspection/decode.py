@@ -1,4 +1,6 @@
-"""RawFrame -> Frame: the one place where pixel formats are known. What leaves is gray or RGB.
+"""RawFrame -> Frame: the one place where pixel formats are known. Colours leave as they came, with their layout.
+
+Turning them into RGB is left to the backend: a GPU does it while it resizes, the CPU's calls `to_plain`.
 
 An encoded payload's own size is read from its header before it is decoded, so that a small file that
 claims to be huge is refused instead of allocated.
@@ -22,33 +24,41 @@ _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start 
 
 
 def decode(raw: RawFrame) -> Frame:
-    """The pixels of a frame as (H W 1) or (H W 3) RGB. Raises FrameError."""
+    """The pixels of a frame, where they are raw those of its payload itself. Raises FrameError."""
     if raw.encoding == "raw":
-        return Frame(_from_raw(raw))
-    return Frame(_from_encoded(raw))
+        return _from_raw(raw)
+    return _from_encoded(raw)
 
 
-def _from_raw(raw: RawFrame) -> PixelArray:
+def to_plain(frame: Frame) -> Frame:
+    """The same frame in gray or RGB. GenICam names a mosaic's first two pixels; OpenCV's alias RGGB means the same."""
+    if frame.layout == "bayerrg":
+        return Frame(np.asarray(cv2.cvtColor(frame.pixels, cv2.COLOR_BayerRGGB2RGB), np.uint8))
+    if frame.layout == "bgr":
+        return Frame(np.ascontiguousarray(frame.pixels[:, :, ::-1]))
+    return frame
+
+
+def _from_raw(raw: RawFrame) -> Frame:
     height, width = raw.shape[:2]
     if raw.pixel_format == "Mono16":
-        return np.frombuffer(raw.payload, "<u2").reshape(height, width, 1)
+        return Frame(np.frombuffer(raw.payload, "<u2").reshape(height, width, 1))
     pixels = np.frombuffer(raw.payload, np.uint8)
     if raw.pixel_format == "Mono8":
-        return pixels.reshape(height, width, 1)
+        return Frame(pixels.reshape(height, width, 1))
     if raw.pixel_format == "BayerRG8":
-        return _from_mosaic(pixels.reshape(height, width))
-    color = pixels.reshape(height, width, 3)
-    return color if raw.pixel_format == "RGB8" else np.ascontiguousarray(color[:, :, ::-1])
+        return _from_mosaic(pixels.reshape(height, width, 1))
+    return Frame(pixels.reshape(height, width, 3), "plain" if raw.pixel_format == "RGB8" else "bgr")
 
 
-def _from_mosaic(mosaic: PixelArray) -> PixelArray:
-    """BayerRG8 (H W) -> RGB. GenICam names the first row's first two pixels; OpenCV's alias RGGB means the same."""
-    if min(mosaic.shape) < 3:
-        raise FrameError(f"a Bayer mosaic of {list(mosaic.shape)} is too small to interpolate, wanted 3 x 3 at least")
-    return np.asarray(cv2.cvtColor(mosaic, cv2.COLOR_BayerRGGB2RGB), np.uint8)
+def _from_mosaic(mosaic: PixelArray) -> Frame:
+    height, width = mosaic.shape[:2]
+    if min(height, width) < 3:
+        raise FrameError(f"a Bayer mosaic of {[height, width]} is too small to interpolate, wanted 3 x 3 at least")
+    return Frame(mosaic, "bayerrg")
 
 
-def _from_encoded(raw: RawFrame) -> PixelArray:
+def _from_encoded(raw: RawFrame) -> Frame:
     found = encoded_size(raw.payload)
     if found is None:
         raise FrameError(f"the payload is not a readable {raw.encoding} file")
@@ -71,10 +81,8 @@ def _from_encoded(raw: RawFrame) -> PixelArray:
     if raw.pixel_format == "BayerRG8":
         if pixels.dtype != np.uint8:
             raise FrameError(f"the {raw.encoding} has {pixels.dtype} pixels, BayerRG8 has 8 bit")
-        return _from_mosaic(pixels)
-    if gray:
-        return pixels[:, :, None]
-    return np.ascontiguousarray(pixels[:, :, ::-1])
+        return _from_mosaic(pixels[:, :, None])
+    return Frame(pixels[:, :, None]) if gray else Frame(pixels, "bgr")
 
 
 def encoded_size(payload: memoryview | bytes) -> tuple[int, int] | None:
@@ -156,7 +164,7 @@ def lossless(raw: RawFrame) -> tuple[str, bytes]:
     """
     if raw.encoding != "raw":
         return ("jpg" if raw.encoding == "jpeg" else "png"), bytes(raw.payload)
-    pixels = decode(raw).pixels
+    pixels = to_plain(decode(raw)).pixels
     done, data = cv2.imencode(".png", pixels[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not done:
         raise FrameError(f"OpenCV cannot encode a picture of shape {pixels.shape} as PNG")

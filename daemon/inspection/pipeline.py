@@ -16,7 +16,7 @@ import numpy as np
 from daemon.bundle import Bundle
 from daemon.errors import FrameError
 from daemon.inspection.backend import Backend
-from daemon.inspection.decode import decode
+from daemon.inspection.decode import decode, to_plain
 from daemon.inspection.tensors import load_calibration
 from daemon.inspection.verdict import decide, region_mask
 from daemon.types import (
@@ -125,7 +125,7 @@ def heat(anomaly: AnomalyMap, limit: float) -> ByteArray:
 
 def for_display(frame: Frame) -> ByteArray:
     """8-bit gray or BGR, as OpenCV's encoders want it."""
-    pixels = frame.pixels
+    pixels = to_plain(frame).pixels
     if pixels.dtype == np.uint16:
         pixels = (pixels // 257).astype(np.uint8)
     display: ByteArray = np.ascontiguousarray(pixels[:, :, ::-1], dtype=np.uint8)

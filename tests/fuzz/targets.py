@@ -24,7 +24,7 @@ import numpy as np
 from daemon.bundle import _is_plain, _parse_manifest
 from daemon.config import parse_config
 from daemon.errors import BundleError, ConfigError, FrameError, WireError
-from daemon.inspection.decode import decode, encoded_size, lossless
+from daemon.inspection.decode import decode, encoded_size, lossless, to_plain
 from daemon.keys import Peer, _load
 from daemon.line import shm
 from daemon.line.control import COMMANDS, decode_request
@@ -145,7 +145,7 @@ def read_image(data: bytes) -> bool:
             return False
     shape = (*size, *channels)
     raw = RawFrame("c", "e", 1, None, 1, encoding, shape, pixel_format, None, memoryview(payload))
-    pixels = decode(raw).pixels
+    pixels = to_plain(decode(raw)).pixels
     assert pixels.shape[:2] == size
     assert pixels.shape[2:] in ((1,), (3,))
     assert pixels.dtype in (np.uint8, np.uint16)

@@ -17,6 +17,7 @@ from daemon.bundle import NETWORKS, Bundle, Preprocessing
 from daemon.errors import DeviceError
 from daemon.inspection.backend.nearest import NearestRows, Rows
 from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
+from daemon.inspection.decode import to_plain
 from daemon.inspection.tensors import check_outputs, load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor, Timings
 
@@ -103,13 +104,13 @@ class CpuBackend:
 
 
 def normalise(frame: Frame, preprocessing: Preprocessing, out: FloatArray | None = None) -> FloatArray:
-    """(H W C) pixels of 8 or 16 bit -> (1 3 h w) float32: area-resized, then (x - mean) / std per channel.
+    """(H W C) pixels of 8 or 16 bit -> (1 3 h w) float32: in RGB, area-resized, then (x - mean) / std per channel.
 
     16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels. The
     result is written to `out` where it is given.
     """
     height, width = preprocessing.size
-    pixels = resize(frame.pixels, height, width)
+    pixels = resize(to_plain(frame).pixels, height, width)
     planes = pixels.reshape(height, width, -1).transpose(2, 0, 1)
     values = np.empty((1, 3, height, width), np.float32) if out is None else out
     to_eight_bit = 1.0 / 257.0 if pixels.dtype == np.uint16 else 1.0

@@ -14,10 +14,13 @@ COMPILER_OPTIONS = ["-O3", "-std=c++17"]
 # struct's letters: P pointer, i int32, f float32.
 _RESAMPLE = "PPiPPi"
 _SIGNATURES = {
-    **{f"preprocess_{kind}": f"PP{_RESAMPLE}PPiiii" for kind in ("mono8", "mono16", "rgb8")},
+    **{f"preprocess_{kind}": f"PP{_RESAMPLE}PPiiii" for kind in ("mono8", "mono16", "rgb8", "bgr8", "bayerrg8")},
     "ldknn_round": "PPPiii",
     "ldknn_search": "PPPPiiii",
     "ldknn_finish": "PPPPPPfiii",
+    "ldknn_int8_round": "PPPPfiii",
+    "ldknn_int8_search": "PPPPiiii",
+    "ldknn_int8_finish": "PPPPPPfiii",
     "postprocess_start": "P",
     "postprocess": f"PPffff{_RESAMPLE}PPPfiii",
 }

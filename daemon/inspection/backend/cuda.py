@@ -2,10 +2,11 @@
 
     frame in page-locked memory -> preprocess -> networks (a plan of the bundle) -> ldknn -> postprocess -> map, score
 
-Everything is allocated when the backend opens or meets a frame of a new size, nothing per frame; the golden frames,
-which every engine replays before it is READY, bring the usual sizes. The daemon never builds a plan, and compiles
-kernels only where the bundle has none for this GPU. One context, retained explicitly and made current only inside
-`run`, which one thread at a time calls. Networks compute in FP16; distances and the map in FP32.
+Frames go to the GPU in the layout they came in. Everything is allocated when the backend opens or meets a frame of a
+new size, nothing per frame; the golden frames, which every engine replays before it is READY, bring the usual sizes.
+The daemon never builds a plan, and compiles kernels only where the bundle has none for this GPU. One context, retained
+explicitly and made current only inside `run`, which one thread at a time calls. Networks compute in FP16; distances
+and the map in FP32.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import numpy.typing as npt
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
-from daemon.inspection.backend import search
 from daemon.inspection.backend.cubin import load_kernels
 from daemon.inspection.backend.graph import Graph
+from daemon.inspection.backend.ldknn import Search
 from daemon.inspection.backend.plan import Networks, import_tensorrt
 from daemon.inspection.backend.search import from_ordered
 from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, smoothing_operator
@@ -35,7 +36,13 @@ from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 _MOST_SIZES = 4  # of frames that are kept ready
 _LONGEST_SIDE = 32_768  # pixels; the tables of a longer one take longer than a frame may hang
 _RECORDING = threading.Lock()
-_KINDS = {(1, np.dtype(np.uint8)): "mono8", (1, np.dtype(np.uint16)): "mono16", (3, np.dtype(np.uint8)): "rgb8"}
+_KINDS = {
+    ("plain", 1, "uint8"): "mono8",
+    ("plain", 1, "uint16"): "mono16",
+    ("plain", 3, "uint8"): "rgb8",
+    ("bgr", 3, "uint8"): "bgr8",
+    ("bayerrg", 1, "uint8"): "bayerrg8",
+}
 
 
 def why_not(bundle: Bundle) -> str | None:
@@ -58,7 +65,7 @@ class CudaBackend:
 
     def __init__(self, bundle: Bundle) -> None:
         self._cuda = importlib.import_module("pycuda.driver")
-        self._sizes: OrderedDict[tuple[tuple[int, ...], str], _Size] = OrderedDict()
+        self._sizes: OrderedDict[tuple[str, tuple[int, ...]], _Size] = OrderedDict()
         with _as_device_error():
             self._cuda.init()
             self._device = self._cuda.Device(0)
@@ -86,7 +93,8 @@ class CudaBackend:
         self._scale_16 = self._upload((scale[:, 0] / 257.0).astype(np.float32))
         self._offset = self._upload(scale[:, 1].astype(np.float32))
         if "ldknn" in self._branches:
-            self._load_bank(bundle, patches)
+            self._search = self._open_search(bundle, patches)
+            self._buffers |= self._search.buffers
         self._limit = np.float32(min(product.mapLimit for product in manifest.products.values()))
         words = -(-w // 32)
         self._map, self._mask, self._score = (self._cuda.mem_alloc(size) for size in (4 * h * w, 4 * h * words, 4))
@@ -95,49 +103,31 @@ class CudaBackend:
 
     # Opening
 
-    def _load_bank(self, bundle: Bundle, patches: int) -> None:
-        """Rows rounded to FP16 and padded; the bias is of the ROUNDED rows, else near rows change places."""
+    def _open_search(self, bundle: Bundle, patches: int) -> Search:
         bank = load_bank(bundle)
-        rows, channels = bank["core"].shape
+        channels = bank["core"].shape[1]
         if channels != self._networks.channels:
             raise BundleError(
                 f"{bundle.folder}: found {channels} channels in the bank, {self._networks.channels} in the networks"
             )
-        rounded, bias = search.pad_bank(bank["core"])
-        self._rows, self._padded = rounded.shape
-        if not np.isfinite(rounded).all():
-            raise DeviceError(f"{bundle.folder}: features of the bank are beyond FP16 (65504); use backend.kind cpu")
-        self._bank_rows = rows
-        self._alpha = np.float32(bundle.manifest.alpha)
-        uploads: dict[str, npt.NDArray[Any]] = {
-            "bank": rounded,
-            "bias": bias,
-            "core": bank["core"],
-            "density": bank["density"],
-        }
-        self._buffers |= {name: self._upload(values) for name, values in uploads.items()}
-        sizes = {
-            "queries": 2 * patches * self._padded,
-            "keys": 8 * patches,
-            "ldknn": 4 * patches,
-            "winners": 4 * patches,
-        }
-        self._buffers |= {name: self._cuda.mem_alloc(size) for name, size in sizes.items()}
-        attribute = self._cuda.device_attribute.MULTIPROCESSOR_COUNT
-        self._search_blocks, self._tiles_a_split = search.split(
-            patches, self._rows, self._device.get_attribute(attribute)
-        )
+        try:
+            return Search(
+                bank, bundle.manifest.alpha, patches,
+                multiprocessors=self._device.get_attribute(self._cuda.device_attribute.MULTIPROCESSOR_COUNT),
+                upload=self._upload, allocate=self._cuda.mem_alloc,
+            )  # fmt: skip
+        except DeviceError as error:
+            raise DeviceError(f"{bundle.folder}: {error}") from error
 
     # A frame
 
     def run(self, frame: Frame) -> tuple[AnomalyMap, Timings]:
-        pixels = frame.pixels
         with self._current(), _as_device_error():
-            size = self._size_for(pixels)
-            np.copyto(size.host, pixels)
+            size = self._size_for(frame)
+            np.copyto(size.host, frame.pixels)
             size.graph.launch()
             self._stream.synchronize()
-        return AnomalyMap(self._found_map, pixels.shape[:2], from_ordered(int(self._found_score[0]))), Timings()
+        return AnomalyMap(self._found_map, size.frame_hw, from_ordered(int(self._found_score[0]))), Timings()
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """Tap: where the last map reached the limit, (h w); the lowest limit where there are several products."""
@@ -165,22 +155,24 @@ class CudaBackend:
                 delattr(self, name)
         context.detach()
 
-    def _size_for(self, pixels: PixelArray) -> _Size:
-        key = (pixels.shape, pixels.dtype.str)
+    def _size_for(self, frame: Frame) -> _Size:
+        pixels = frame.pixels
+        kind = _KINDS.get((frame.layout, pixels.shape[2], pixels.dtype.name))
+        if kind is None or max(pixels.shape[:2]) > _LONGEST_SIDE:
+            raise DeviceError(
+                f"found a frame of shape {list(pixels.shape)} in {pixels.dtype}, wanted gray of 8 or 16 bit or colours "
+                f"of 8 bit, at most {_LONGEST_SIDE} pixels a side; use backend.kind cpu for others"
+            )
+        key = (kind, pixels.shape)
         if key in self._sizes:
             self._sizes.move_to_end(key)
             return self._sizes[key]
-        if max(pixels.shape[:2]) > _LONGEST_SIDE or (pixels.shape[2], pixels.dtype) not in _KINDS:
-            raise DeviceError(
-                f"found a frame of shape {list(pixels.shape)} in {pixels.dtype}, wanted gray of 8 or 16 bit or RGB of "
-                f"8 bit, at most {_LONGEST_SIDE} pixels a side; use backend.kind cpu for others"
-            )
         while len(self._sizes) >= _MOST_SIZES:
             self._sizes.popitem(last=False)[1].graph.close()
         # One at a time in the process: what another engine does to the default stream would spoil a recording.
         with _RECORDING:
             try:
-                self._sizes[key] = made = _Size(self, pixels)
+                self._sizes[key] = made = _Size(self, kind, pixels)
             except BaseException as error:
                 # PyCUDA frees memory only while the context is current: let go of the half-made size here.
                 for raised in (error, error.__cause__, error.__context__):
@@ -201,7 +193,7 @@ class CudaBackend:
         )  # fmt: skip
         self._networks.enqueue(self._stream)
         if "ldknn" in self._branches:
-            self._search()
+            self._search.enqueue(self._launch, self._buffers["features"])
         scaling = [value for branch in ("repair", "ldknn") for value in self._branches.get(branch, (0.0, 0.0))]
         inputs = [self._buffers[branch] if branch in self._branches else np.uintp(0) for branch in ("repair", "ldknn")]
         self._launch("postprocess_start", (1, 1), (1, 1, 1), self._score)
@@ -211,24 +203,6 @@ class CudaBackend:
         )  # fmt: skip
         self._cuda.memcpy_dtoh_async(self._found_map, self._map, self._stream)
         self._cuda.memcpy_dtoh_async(self._found_score, self._score, self._stream)
-
-    def _search(self) -> None:
-        b, patches = self._buffers, self._grid[0] * self._grid[1]
-        threads = (256, 1, 1)
-        self._launch(
-            "ldknn_round", (-(-patches * self._padded // 1024), 1), threads,
-            b["features"], b["queries"], b["keys"], patches, self._networks.channels, self._padded,
-        )  # fmt: skip
-        self._launch(
-            "ldknn_search", self._search_blocks, threads,
-            b["queries"], b["bank"], b["bias"], b["keys"], patches, self._rows, self._padded, self._tiles_a_split,
-            shared_bytes=search.SHARED_BYTES,
-        )  # fmt: skip
-        self._launch(
-            "ldknn_finish", (-(-patches // 8), 1), threads,
-            b["features"], b["core"], b["density"], b["keys"], b["ldknn"], b["winners"],
-            self._alpha, patches, self._bank_rows, self._networks.channels,
-        )  # fmt: skip
 
     # The driver
 
@@ -282,9 +256,9 @@ class CudaBackend:
 class _Size:
     """What frames of one size and kind need: page-locked memory, tables, and the graph that was recorded with them."""
 
-    def __init__(self, backend: CudaBackend, pixels: PixelArray) -> None:
-        self.kind = _KINDS[pixels.shape[2], pixels.dtype]
-        self.frame_hw = pixels.shape[:2]
+    def __init__(self, backend: CudaBackend, kind: str, pixels: PixelArray) -> None:
+        self.kind = kind
+        self.frame_hw = (pixels.shape[0], pixels.shape[1])
         self.host, self.device, self.is_copied = backend.make_slot(pixels)
         self.tables = backend.upload_tables(self.frame_hw)
         self.host[...] = pixels

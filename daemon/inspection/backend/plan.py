@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from daemon.bundle import Bundle
 from daemon.errors import BundleError, DeviceError
+
+if TYPE_CHECKING:  # tensorrt-stubs
+    import tensorrt
 
 
 def import_tensorrt(plans: Collection[str] = ()) -> Any:
@@ -47,16 +50,18 @@ class Networks:
                 f"{bundle.folder}: found no {name}, wanted the networks' plan for this GPU (sm{capability}) and "
                 f"{self._trt.__name__}; build the engine again with --targets cpu,{target}"
             )
-        runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
-        self._engine = runtime.deserialize_cuda_engine(bundle.read(name))
-        if self._engine is None:
+        runtime: tensorrt.Runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+        engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(bundle.read(name))
+        if engine is None:
             raise DeviceError(
                 f"{self._path}: {self._trt.__name__} {self._trt.__version__} does not take this plan: it was built by "
                 "another version or for another GPU; build the engine again on this box"
             )
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
+        self._engine = engine
+        context: tensorrt.IExecutionContext | None = engine.create_execution_context()
+        if context is None:
             raise DeviceError(f"{self._path}: no memory for the networks on the GPU; free some of it")
+        self._context = context
         self.buffers: dict[str, Any] = {}
         self.channels = self._bind(bundle, cuda)
 
@@ -65,7 +70,11 @@ class Networks:
         trt, engine, manifest = self._trt, self._engine, bundle.manifest
         patches = manifest.grid[0] * manifest.grid[1]
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        found = {name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)) for name in names}
+        found: dict[str, tuple[tuple[int, ...], Any]] = {
+            # Dims can be iterated; only its stub does not say so.
+            name: (tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name))  # type: ignore[arg-type]
+            for name in names
+        }
         channels = found["features"][0][-1] if "features" in found else 0
         half, single = trt.DataType.HALF, trt.DataType.FLOAT
         wanted: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((1, 3, *manifest.preprocessing.size), half)}
