@@ -36,7 +36,7 @@ from openvino import opset13 as ops
 from safetensors.numpy import load_file, save_file
 
 from bench.record import RESULTS, ROOT, origin, write_result
-from bench.streams import Listener, Part, figures, highest_sustained, listening, stream
+from bench.streams import Part, figures, flood, highest_sustained, listening, stream
 from daemon.bundle import BANK, Preprocessing
 from daemon.inspection.backend import nearest
 from daemon.line.sockets import connect
@@ -220,7 +220,7 @@ def run_cameras(site: Site, payloads: list[memoryview], cameras: int, seconds: f
             for door in doors:
                 listener.watch(door, lambda door=door: drop_answers(door))
             send = sender(site, doors, payloads)
-            first = flood(listener, send, 2 * cameras, seconds / 4)  # warms up, too
+            flood(listener, send, 2 * cameras, seconds / 4)  # warms up
             first = flood(listener, send, 2 * cameras, seconds / 4)
 
             def measure(rate: float) -> dict[str, Any]:
@@ -249,23 +249,6 @@ def sender(site: Site, doors: list[Any], payloads: list[memoryview]) -> Callable
 def drop_answers(door: Any) -> None:
     while door.poll(0):
         door.recv_multipart()
-
-
-def flood(listener: Listener, send: Callable[[], Part], under_way: int, seconds: float) -> float:
-    """Frames a second with so many under way."""
-    started, done, waiting = time.monotonic(), 0, set[Part]()
-    while time.monotonic() < started + seconds:
-        while len(waiting) < under_way:
-            waiting.add(send())
-        listener.pump(1)
-        heard = {part for part in waiting if part in listener.verdicts}
-        waiting -= heard
-        done += len(heard)
-    rate = done / (time.monotonic() - started)
-    while waiting and time.monotonic() < started + seconds + 10:
-        listener.pump(5)
-        waiting -= listener.verdicts.keys()
-    return rate
 
 
 def plot(result: dict[str, Any]) -> None:

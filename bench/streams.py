@@ -160,6 +160,23 @@ def stream(site: Site, listener: Listener, rate: float, seconds: float, send: Ca
     return sent
 
 
+def flood(listener: Listener, send: Callable[[], Part], under_way: int, seconds: float) -> float:
+    """Frames a second with so many under way."""
+    started, done, waiting = time.monotonic(), 0, set[Part]()
+    while time.monotonic() < started + seconds:
+        while len(waiting) < under_way:
+            waiting.add(send())
+        listener.pump(1)
+        heard = {part for part in waiting if part in listener.verdicts}
+        waiting -= heard
+        done += len(heard)
+    rate = done / (time.monotonic() - started)
+    while waiting and time.monotonic() < started + seconds + 10:
+        listener.pump(5)
+        waiting -= listener.verdicts.keys()
+    return rate
+
+
 def processor_s(site: Site) -> tuple[float, float]:
     """Seconds of processor that the daemon's loop (its first thread) and all its threads have used."""
     assert site.process is not None
