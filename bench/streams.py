@@ -188,7 +188,10 @@ def processor_s(site: Site) -> tuple[float, float]:
 
 
 def figures(sent: Sent, listener: Listener) -> dict[str, Any]:
-    """Frames a second, latencies from sending to hearing, verdicts by reason, and the loop's share of one core."""
+    """Frames a second, latencies from sending to hearing, verdicts by reason, and the daemon's processor time.
+
+    The shares are of one core; a frame's milliseconds are of all threads, and hold also on a machine that is shared.
+    """
     spent = [(listener.verdicts[part][0][1] - at) / 1e6 for part, at in sent.parts.items() if part in listener.verdicts]
     if not spent:
         raise InspectError("no verdict came back; the daemon's log.txt says why")
@@ -201,6 +204,7 @@ def figures(sent: Sent, listener: Listener) -> dict[str, Any]:
         "asked": sent.asked, "framesPerS": len(sent.parts) / sent.seconds, "frames": len(sent.parts),
         "p50Ms": float(np.percentile(spent, 50)), "p99Ms": float(np.percentile(spent, 99)),
         "loopShare": sent.loop_s / sent.seconds, "daemonShare": sent.daemon_s / sent.seconds,
+        "daemonMsAFrame": 1000 * sent.daemon_s / len(sent.parts),
         "verdicts": dict(reasons), "sustained": not (bad or late),
     }  # fmt: skip
 
