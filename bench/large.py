@@ -6,7 +6,7 @@ Frames of 2448x2048 Mono8 (rendered good parts) into a daemon's `shm` input, mod
 for 256x256 with EfficientNet-Lite0 as a build makes them. The camera's driver is taken to write into the slots by
 itself: they are filled before, and the camera only announces them. Sender, subscriber and bridge are a process on the
 same cores. At each bank size and precision: the asked rate, and where it is not sustained without OVERLOAD and LATE,
-the highest that is: from what it takes with four under way, down by 6 % a step.
+the highest that is: from what it takes with four under way, down by a tenth a step.
 What a frame costs: the stages alone, in turns on the same frames, wall time and processor time of the calling thread
 (OpenVINO's others are not in it), with OpenCV's own area average beside ours. Writes bench/results/large.json.
 """
@@ -41,7 +41,7 @@ from examples.parts import render_part, write_dataset
 from tests.daemons import Site
 
 _FRAME_HW, _SIDE = (2048, 2448), 256
-_SMALL_HW = (512, 612)  # what the engines are built from: the same parts, a quarter as long and wide
+_SMALL_HW = (512, 512)  # what the engines are built from: the same parts by another camera, so that the input is square
 _GOOD, _PICTURES, _SLOTS = 60, 6, 8
 _ROWS = (4000, 1000)
 _THREADS = 2
@@ -64,7 +64,14 @@ def main(rate: float, seconds: float, rounds: int) -> None:
                 stages[f"{precision}, {rows} rows"] = time_stages(bundle, precision, frames, rounds)
                 line = run_line(make_site(place, bundle, precision), frames, rate, seconds)
                 lines.append({"rows": rows, "precision": precision, **line})
-    result = {"rate": rate, "seconds": seconds, "frameHw": _FRAME_HW, "networkHw": (_SIDE, _SIDE), "lines": lines}
+    result = {
+        "rate": rate,
+        "seconds": seconds,
+        "frameHw": _FRAME_HW,
+        "networkHw": (_SIDE, _SIDE),
+        "threads": _THREADS,
+        "lines": lines,
+    }
     made = origin("openvino", "numpy", "opencv-python-headless", "pyzmq")
     write_result("large.json", {**made, "protocol": __doc__, **result, "stages": stages})
 
@@ -74,7 +81,7 @@ def precisions() -> list[str]:
 
 
 def enlarged(number: int) -> ByteArray:
-    """(H W): a good part that no engine has seen, as a sharper camera would show it."""
+    """(H W): a good part that no engine has seen, as the larger camera would show it."""
     small, _ = render_part(900_000 + number, size_hw=_SMALL_HW)
     large = cv2.resize(small, _FRAME_HW[::-1], interpolation=cv2.INTER_CUBIC)
     return np.ascontiguousarray(large.reshape(_FRAME_HW), np.uint8)
@@ -85,7 +92,9 @@ def build(place: Path, rows: int) -> Bundle:
     command = [sys.executable, str(ROOT / "build_engines.py"), name, "--good", str(place / "parts/train/good")]
     command += ["--budget", "0", "--branches", "ldknn", "--size", str(_SIDE), "--coreset", str(rows)]
     subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
-    return open_bundle(place / "engines" / name / "current", load_trusted(place / "keys" / "trusted.yaml"))
+    bundle = open_bundle(place / "engines" / name / "current", load_trusted(place / "keys" / "trusted.yaml"))
+    assert bundle.manifest.preprocessing.size == (_SIDE, _SIDE)
+    return bundle
 
 
 def make_site(place: Path, bundle: Bundle, precision: str) -> Site:

@@ -10,8 +10,8 @@ The worst excess is by how much, as a share of the frame's score, a distance was
 than its precision explains is not timed.
 Cameras: 1 to 16 of them, frames of 256x256 through a daemon's encrypted sockets to an engine that is small (one
 convolution at 256x256; 4,000 rows of 16 channels), so that the daemon's own part shows. The highest total rate that is
-sustained for 10 s without OVERLOAD or LATE (250 ms): from what it takes with two frames a camera under way, down by 6 %
-a step. Frames in turns; milliseconds from sending to hearing; the loop's share is of one core. The cameras, their
+sustained for 10 s without OVERLOAD or LATE (250 ms): from what it takes with two frames a camera under way, down by a
+tenth a step. Frames in turns; milliseconds from sending to hearing; the loop's share is of one core. The cameras, their
 subscriber and their bridge are one process on the same cores.
 """
 
