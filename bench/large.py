@@ -73,7 +73,7 @@ def main(rate: float, seconds: float, rounds: int) -> None:
         "lines": lines,
     }
     made = origin("openvino", "numpy", "opencv-python-headless", "pyzmq")
-    write_result("large.json", {**made, "protocol": __doc__, **result, "stages": stages})
+    write_result("large.json", {**made, "protocol": __doc__, **result, "lines": lines, "stages": stages})
 
 
 def precisions() -> list[str]:
