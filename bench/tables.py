@@ -175,11 +175,15 @@ def _figure(found: dict[str, Any], key: str) -> str:
 
 
 def transport_table() -> str:
-    """p50 and p99 of each way and size, from transport.json."""
-    rows = json.loads((RESULTS / "transport.json").read_text())["rows"]
-    lines = ["| frame | by | p50 ms | p99 ms |", "|---|---|---|---|"]
-    lines += [f"| {row['size']} | {row['kind']} | {row['p50Ms']:.2f} | {row['p99Ms']:.2f} |" for row in rows]
-    return "\n".join(lines)
+    """p50 and p99 of each way and size and what the p50 is made of, from transport.json."""
+    found = json.loads((RESULTS / "transport.json").read_text())
+    keys = ("p50Ms", "p99Ms", "messageMs", "headerMs", "pixelsMs")
+    lines = ["| frame | by | p50 ms | p99 ms | message | header | pixels |", "|---" * 7 + "|"]
+    lines += [
+        f"| {row['size']} | {row['kind']} | {' | '.join(f'{row[key]:.2f}' for key in keys)} |" for row in found["rows"]
+    ]
+    alone = ", ".join(f"{size}: {value:.2f} ms" for size, value in found["readMs"].items())
+    return "\n".join([*lines, "", f"read(2) alone out of /dev/shm: {alone}."])
 
 
 def reliability_table() -> str:
@@ -261,6 +265,45 @@ def int8_table() -> str:
     return "\n".join(lines)
 
 
+def cameras_table() -> str:
+    """The highest sustained rate by number of cameras, from scale.json."""
+    found = json.loads((RESULTS / "scale.json").read_text())["cameras"]
+    lines = ["| cameras | frames/s in all | p50 ms | p99 ms | the loop, of a core | the daemon, of both cores |"]
+    lines.append("|---" * 6 + "|")
+    lines += [
+        f"| {each['cameras']} | {each['framesPerS']:.0f} | {each['p50Ms']:.1f} | {each['p99Ms']:.1f} | "
+        f"{each['loopShare']:.0%} | {each['daemonShare'] / 2:.0%} |"
+        for each in found["curve"]
+    ]
+    return "\n".join(lines)
+
+
+def large_table() -> str:
+    """5 megapixels through shared memory: the rate by bank and precision, and the stages alone, from large.json."""
+    found = json.loads((RESULTS / "large.json").read_text())
+    asked_for = f"{found['rate']:g} frames/s for {found['seconds']:g} s"
+    lines = [
+        f"| bank | {asked_for} | highest without OVERLOAD and LATE | p50 / p99 ms | core ms a frame |",
+        "|---" * 5 + "|",
+    ]
+    for line in found["lines"]:
+        asked, best = line["asked"], line["sustained"]
+        overload, late = (asked["verdicts"].get(reason, 0) for reason in ("OVERLOAD", "LATE"))
+        held = "held" if asked["sustained"] else f"{overload} OVERLOAD, {late} LATE of {asked['frames']}"
+        lines.append(
+            f"| {line['rows']} rows, {line['precision']} | {held} | {best['framesPerS']:.1f} frames/s | "
+            f"{best['p50Ms']:.1f} / {best['p99Ms']:.1f} | {best['daemonMsAFrame']:.1f} |"
+        )
+    names = list(found["stages"])
+    lines += ["", f"| stage alone: ms (of it this thread's processor) | {' | '.join(names)} |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for stage in found["stages"][names[0]]:
+        times = [found["stages"][name][stage] for name in names]
+        cells = [f"{each['ms']:.2f} ({each['threadMs']:.2f})" for each in times]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def put(text: str, mark: str, block: str) -> str:
     """The page with what stands between a mark's begin and end replaced."""
     begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
@@ -291,6 +334,8 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/performance.md", "transport"): transport_table(),
         ("docs/performance.md", "search"): search_table(),
         ("docs/performance.md", "int8"): int8_table(),
+        ("docs/performance.md", "cameras"): cameras_table(),
+        ("docs/performance.md", "large"): large_table(),
         ("docs/reliability.md", "runs"): reliability_table(),
     }
     stale = []

@@ -4,14 +4,17 @@
 
 `shm` is a camera whose driver writes into the slot itself, `shm, copied in` one whose frame is copied there first.
 Milliseconds from the call that sends until the daemon's own code has the frame's pixels (receive, decode_frame,
-frame()), by the monotonic clock that processes share; one frame under way at a time, as at a camera's pace. Result:
-bench/results/transport.json.
+frame()), by the monotonic clock that processes share; one frame under way at a time, as at a camera's pace. Of these,
+apart: until the message is received, its header read (decode_frame), its pixels had (frame()). Beside them, in the
+same run, what any hand-over by messages and read(2) costs at least here: one small message alone, and read(2) of as
+many bytes out of /dev/shm into memory that was used before. Result: bench/results/transport.json.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,12 +29,12 @@ import zmq
 from adapters.shm_sender import ShmSender
 from bench.record import origin, write_result
 from daemon.line.ports import receive
-from daemon.line.shm import Rings
+from daemon.line.shm import FOLDER, Rings
 from daemon.line.wire import decode_frame, encode_frame
 from daemon.types import RawFrame
 
 _SIZES = {"0.3 MB": (480, 640), "2.3 MB": (1200, 1920), "15 MB": (2048, 2448, 3)}
-_FRAMES, _ROUNDS, _PAUSE_S = 60, 5, 0.005
+_FRAMES, _ROUNDS, _PAUSE_S, _SLOTS = 60, 5, 0.005, 4
 
 
 def serve(address: str, keys: tuple[bytes, bytes] | None, pipe: Connection) -> None:
@@ -50,18 +53,20 @@ def serve(address: str, keys: tuple[bytes, bytes] | None, pipe: Connection) -> N
             continue
         message = receive(socket, routed=True)
         assert message is not None
+        received_ns = time.monotonic_ns()
         has_slot = len(message.parts) == 2
         part = decode_frame(message.parts, rings.read if has_slot else None)
+        known_ns = time.monotonic_ns()
         frame = part.frame()
         taken_ns = time.monotonic_ns()
         del frame
         answer = json.dumps({"seq": part.key.seq}).encode()
         socket.send_multipart([message.identity, b"answer", answer])
-        pipe.send(taken_ns)
+        pipe.send((received_ns, known_ns, taken_ns))
 
 
-def measure(kind: str, shape: tuple[int, ...], place: Path) -> list[float]:
-    """Milliseconds of each frame of one round, the first three left out."""
+def measure(kind: str, shape: tuple[int, ...], place: Path) -> list[tuple[float, ...]]:
+    """Milliseconds of each frame of one round until received, known and taken; the first three are left out."""
     name = f"{kind}-{time.monotonic_ns()}"
     address = f"ipc://{place}/{name}" if kind.startswith(("shm", "ipc")) else f"tcp://127.0.0.1:{_free_port()}"
     keys = zmq.curve_keypair() if kind == "tcp, CURVE" else None
@@ -76,7 +81,7 @@ def measure(kind: str, shape: tuple[int, ...], place: Path) -> list[float]:
         prepare()
         started = time.monotonic_ns()
         send()
-        spent.append((ours.recv() - started) / 1e6)
+        spent.append(tuple((at - started) / 1e6 for at in ours.recv()))
         time.sleep(_PAUSE_S)
     close()
     ours.send("end")
@@ -119,6 +124,23 @@ def make_sender(
     return lambda: None, send, lambda: context.destroy(linger=0)
 
 
+def read_alone(shape: tuple[int, ...]) -> list[float]:
+    """Milliseconds of read(2) of so many bytes from shared memory, each time others, as a ring's slots."""
+    size = int(np.prod(shape))
+    spent = []
+    with tempfile.TemporaryFile(dir=FOLDER) as file:
+        for _ in range(_SLOTS):
+            file.write(np.random.default_rng(0).integers(0, 255, size, np.uint8))
+        file.flush()
+        target = np.ones(size, np.uint8)
+        for number in range(_FRAMES):
+            started = time.perf_counter()
+            os.preadv(file.fileno(), [target.data], number % _SLOTS * size)
+            spent.append(1000 * (time.perf_counter() - started))
+            time.sleep(_PAUSE_S)
+    return spent
+
+
 def _free_port() -> int:
     import socket
 
@@ -128,21 +150,27 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Rounds in turns; the median and the p99 over all of a kind's frames."""
+    """Rounds in turns; medians and the p99 over all of a kind's frames."""
     kinds = ("shm", "shm, copied in", "ipc", "tcp", "tcp, CURVE")
-    spent: dict[tuple[str, str], list[float]] = {}
+    spent: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    reads: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="inspectd-transport-") as folder:
         for _ in range(_ROUNDS):
             for size, shape in _SIZES.items():
+                reads.setdefault(size, []).extend(read_alone(shape))
                 for kind in kinds:
                     spent.setdefault((size, kind), []).extend(measure(kind, shape, Path(folder)))
+            spent.setdefault(("1 pixel", "ipc"), []).extend(measure("ipc", (1, 1), Path(folder)))
     rows = []
-    for (size, kind), values in spent.items():
-        ordered = sorted(values)
-        row = {"size": size, "kind": kind, "p50Ms": median(values), "p99Ms": ordered[int(0.99 * len(ordered))]}
-        rows.append(row)
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
-    write_result("transport.json", {**origin("pyzmq", "numpy"), "protocol": __doc__, "frames": _FRAMES, "rows": rows})
+    for (size, kind), times in spent.items():
+        received, known, taken = np.array(times).T
+        row: dict[str, Any] = {"size": size, "kind": kind, "p50Ms": median(taken), "p99Ms": np.percentile(taken, 99)}
+        row |= {"messageMs": median(received), "headerMs": median(known - received), "pixelsMs": median(taken - known)}
+        rows.append({key: value if isinstance(value, str) else round(float(value), 4) for key, value in row.items()})
+        print(rows[-1])
+    result = {"frames": _FRAMES, "rows": rows, "readMs": {size: median(times) for size, times in reads.items()}}
+    print(result["readMs"])
+    write_result("transport.json", {**origin("pyzmq", "numpy"), "protocol": __doc__, **result})
 
 
 if __name__ == "__main__":

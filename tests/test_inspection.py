@@ -396,6 +396,7 @@ def pictures(shape: tuple[int, ...], dtype: Any) -> Iterator[NDArray[Any]]:
 
 FRAME_SIZES = [
     SIZE, (128, 192), (192, 288), (64, 200), (65, 97), (100, 177), (301, 96),  # shrink or stay
+    (512, 765), (512, 768), (500, 700), (384, 97),  # shrink by much: in strips, whole or cut, or by OpenCV alone
     (40, 50), (64, 50), (63, 96), (1, 1), (32, 400),  # at least one side grows
 ]  # fmt: skip
 

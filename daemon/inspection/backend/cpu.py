@@ -16,10 +16,11 @@ import openvino as ov
 from daemon.bundle import NETWORKS, Bundle, Preprocessing
 from daemon.errors import DeviceError
 from daemon.inspection.backend.nearest import NearestRows, Rows
+from daemon.inspection.backend.resize import Resizer
 from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
 from daemon.inspection.decode import to_plain
 from daemon.inspection.tensors import check_outputs, load_bank
-from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, PixelArray, Repaired, Tensor, Timings
+from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, Repaired, Tensor, Timings
 
 
 class CpuBackend:
@@ -34,6 +35,7 @@ class CpuBackend:
         manifest = bundle.manifest
         self._preprocessing = manifest.preprocessing
         self._grid = manifest.grid
+        self._resizer = Resizer(*manifest.preprocessing.size)
         self._input = np.empty((1, 3, *manifest.preprocessing.size), np.float32)
         self._branches = {branch: branch_scaling(manifest.fusion, branch) for branch in manifest.branches}
         bank = load_bank(bundle) if "ldknn" in self._branches else None
@@ -57,7 +59,7 @@ class CpuBackend:
 
     def preprocess(self, frame: Frame) -> Tensor:
         """(H W C) pixels -> (1 3 h w), resized and normalised as the manifest says."""
-        return Tensor(normalise(frame, self._preprocessing, self._input))
+        return Tensor(normalise(frame, self._preprocessing, self._resizer, self._input))
 
     def features(self, tensor: Tensor) -> FloatArray:
         """Tap: the patch features (P C). The array is the network's own buffer, good until the next call."""
@@ -103,14 +105,16 @@ class CpuBackend:
         del self._network, self._search
 
 
-def normalise(frame: Frame, preprocessing: Preprocessing, out: FloatArray | None = None) -> FloatArray:
+def normalise(
+    frame: Frame, preprocessing: Preprocessing, resizer: Resizer | None = None, out: FloatArray | None = None
+) -> FloatArray:
     """(H W C) pixels of 8 or 16 bit -> (1 3 h w) float32: in RGB, area-resized, then (x - mean) / std per channel.
 
-    16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels. The
-    result is written to `out` where it is given.
+    16-bit pixels are brought to the scale 0..255 after the resize; gray is repeated in all channels. A
+    resizer of this size is used where it is given, and the result is written to `out`.
     """
     height, width = preprocessing.size
-    pixels = resize(to_plain(frame).pixels, height, width)
+    pixels = (resizer or Resizer(height, width)).resize(to_plain(frame).pixels)
     planes = pixels.reshape(height, width, -1).transpose(2, 0, 1)
     values = np.empty((1, 3, height, width), np.float32) if out is None else out
     to_eight_bit = 1.0 / 257.0 if pixels.dtype == np.uint16 else 1.0
@@ -122,19 +126,6 @@ def normalise(frame: Frame, preprocessing: Preprocessing, out: FloatArray | None
         np.multiply(planes[channel % len(planes)], np.float32(to_eight_bit * scale), out=values[0, channel])
         values[0, channel] -= np.float32(mean * scale)
     return values
-
-
-def resize(pixels: PixelArray, height: int, width: int) -> PixelArray:
-    """(H W C) -> (height width C): each side by itself, area average where it shrinks, bilinear where it grows.
-
-    OpenCV decides for both sides at once: where one of them grows, the other would be sampled with aliasing.
-    """
-    rows, columns = pixels.shape[:2]
-    if rows > height or columns > width:
-        pixels = cv2.resize(pixels, (min(columns, width), min(rows, height)), interpolation=cv2.INTER_AREA)
-    if rows < height or columns < width:
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
-    return pixels
 
 
 def _compile(
