@@ -210,7 +210,8 @@ def forgotten(watch: Watch) -> list[str]:
     }
     rows = {row[:3]: row for row in ledger_rows(folder)}
     faults += [f"{key}: accepted before a kill, and not in the ledger" for key in sorted(accepted - set(rows))]
-    return faults + [f"{key}: accepted before a kill, without a verdict" for key in accepted if not rows[key][5]]
+    silent = sorted(key for key in accepted & set(rows) if rows[key][5] is None)
+    return faults + [f"{key}: accepted before a kill, without a verdict" for key in silent]
 
 
 def told(line: Line) -> dict[PermitKey, list[tuple[str, Verdict]]]:
