@@ -2,8 +2,8 @@
 
 OpenCV decides for both sides at once: where one of them grows, the other would be sampled with aliasing. And its area
 average reads a large frame pixel by pixel unless both sides shrink by a whole number. So a frame that shrinks by much
-is first added up row by row, which is fast, and only what is left goes through OpenCV: 5 megapixels take a quarter of
-the time (bench/large.py). Both ways give the same mean within a float's error, rounded once, half to even.
+is first added up row by row, which is fast, and only what is left goes through OpenCV: 5 megapixels take less than half
+of the time (bench/large.py). Both ways give the same mean within a float's error, rounded once, half to even.
 """
 
 from __future__ import annotations
