@@ -71,8 +71,6 @@ def cli(log_level: str) -> None:
 @CONFIG
 def run(config_path: Path) -> None:
     """Run the daemon until SIGTERM, which drains it."""
-    # NumPy's small products need no threads of their own beside OpenVINO's; read when NumPy is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from daemon.service import run_service
 
     sys.exit(run_service(load_config(config_path)))

@@ -8,8 +8,10 @@ the GPU is recorded with its stream; work that is put on a stream while it is ca
 from __future__ import annotations
 
 import ctypes
+import stat
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -202,11 +204,13 @@ def make_compiler(gpu, driver):
     """The module pycuda.compiler."""
     compiler = types.ModuleType("pycuda.compiler")
 
-    def compile_source(source, *, arch, options, no_extern_c, include_dirs):
+    def compile_source(source, *, arch, options, no_extern_c, include_dirs, cache_dir):
         assert no_extern_c
+        assert stat.S_IMODE(Path(cache_dir).stat().st_mode) == 0o700
         assert '#include "ldknn.cu"' in source
         assert len(include_dirs) == 1
         gpu.log.append(f"compiled {arch}")
+        gpu.cache = Path(cache_dir)
         return driver.Module()
 
     compiler.SourceModule = compile_source

@@ -53,7 +53,6 @@ def inspectd(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         captured = capfd.readouterr()
         return Ended(code, captured.out, captured.err)
 
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     yield run
     logger.handlers[:], logger.propagate = before[0], before[2]
     logger.setLevel(before[1])

@@ -56,6 +56,13 @@ def keys(tmp_path):
     return tmp_path / "keys"
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where systemd would have compiled kernels kept."""
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def folder(tmp_path, keys):
     made = bundles.make_bundle(tmp_path / "bundle", keys, rows=300)
@@ -472,6 +479,20 @@ def test_without_a_compiler_the_target_is_named(bundle, gpu, monkeypatch):
 
     monkeypatch.setattr(sys.modules["pycuda.compiler"], "SourceModule", no_nvcc)
     with pytest.raises(DeviceError, match=r"command not found.*--targets cpu,kernels:sm87"):
+        CudaBackend(bundle)
+
+
+def test_what_is_compiled_lies_in_a_folder_of_this_bundle_and_of_this_user_alone(bundle, gpu, cache):
+    CudaBackend(bundle)
+    assert gpu.cache == cache / "kernels" / bundle.digest
+    gpu.cache.chmod(0o777)
+    with pytest.raises(DeviceError, match=r"has mode 0777, anyone can write it.*; or name another place in CACHE_DIRE"):
+        CudaBackend(bundle)
+
+
+def test_place_for_what_is_compiled_that_is_none_is_a_device_error(bundle, gpu, cache):
+    cache.write_text("")
+    with pytest.raises(DeviceError, match=r"for compiled kernels: cannot be used \(Not a directory\)"):
         CudaBackend(bundle)
 
 

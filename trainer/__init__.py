@@ -1,3 +1,3 @@
 """Builds engine bundles offline, from good images. Needs the extra [train]."""
 
-import daemon  # noqa: F401 - before anything imports OpenVINO, see there
+import daemon  # noqa: F401 - before anything imports OpenVINO or NumPy, see there

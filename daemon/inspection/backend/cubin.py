@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 from daemon.bundle import Bundle
 from daemon.errors import DeviceError
+from daemon.keys import foreign_hands
 
 KERNELS = Path(__file__).parent / "kernels" / "inspectd.cu"
 COMPILER_OPTIONS = ["-O3", "-std=c++17"]
@@ -39,9 +41,10 @@ def load_kernels(cuda: Any, bundle: Bundle, capability: str) -> dict[str, Any]:
 
 
 def _compile(bundle: Bundle, capability: str) -> Any:
-    """By PyCUDA, which keeps what it compiled in the user's cache."""
+    """By PyCUDA, which keeps what it compiled."""
     compiler = importlib.import_module("pycuda.compiler")
-    options = {"options": COMPILER_OPTIONS, "no_extern_c": True, "include_dirs": [str(KERNELS.parent)]}
+    options: dict[str, Any] = {"options": COMPILER_OPTIONS, "no_extern_c": True, "include_dirs": [str(KERNELS.parent)]}
+    options["cache_dir"] = str(_private_cache(bundle))
     try:
         return compiler.SourceModule(KERNELS.read_text(), arch=f"sm_{capability}", **options)
     except OSError as error:  # pytools' ExecError, where nvcc is not found
@@ -49,3 +52,17 @@ def _compile(bundle: Bundle, capability: str) -> Any:
             f"{bundle.folder}: has no kernels for this GPU, and they cannot be compiled here ({error}); build the "
             f"engine with --targets cpu,kernels:sm{capability} where nvcc is, or put nvcc into PATH"
         ) from error
+
+
+def _private_cache(bundle: Bundle) -> Path:
+    """A folder for what is compiled for this very bundle, and nobody else's: what lies there runs unasked."""
+    home = os.environ.get("CACHE_DIRECTORY") or Path.home() / ".cache/inspectd"
+    folder = Path(home) / "kernels" / bundle.digest
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = foreign_hands(folder.stat())
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror})"
+    if problem is not None:
+        raise DeviceError(f"{folder}, for compiled kernels: {problem}; or name another place in CACHE_DIRECTORY")
+    return folder
