@@ -8,6 +8,7 @@ after the engine) finds nothing to say. What is announced was journalled before.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic_ns, time_ns
@@ -84,7 +85,7 @@ class Dispatcher:
         self._records = records
         self._announcer = announcer
         self._budget_bytes = config.queue_mb << 20
-        self._used_bytes = 0
+        self._used_bytes: Counter[str] = Counter()  # by camera
         self._frames: dict[PartKey, tuple[RawFrame, str]] = {}  # at an engine, with its product
         self._newest: dict[str, PartKey] = {}  # by camera in mode `latest`: the one that waits
 
@@ -149,11 +150,11 @@ class Dispatcher:
             return Verdict(Outcome.REJECT, Reason.NOT_READY)
         if camera.mode == "latest":
             self._supersede(key)
-        self._make_room(_cost(frame))
-        if self._used_bytes + _cost(frame) > self._budget_bytes:
+        self._make_room(key.camera, _cost(frame))
+        if self.used_bytes + _cost(frame) > self._budget_bytes:
             return Verdict(Outcome.REJECT, Reason.OVERLOAD)
         self._frames[key] = (frame, product)
-        self._used_bytes += _cost(frame)
+        self._used_bytes[key.camera] += _cost(frame)
         job = Job(key, frame, product, now_ns, now_ns + deadline_ns(camera.deadline_ms))
         engine.submit(job)
         if self.observer is not None:
@@ -177,12 +178,24 @@ class Dispatcher:
         if older is not None and (frame := self._withdraw(older)) is not None:
             self._settle(older, Verdict(Outcome.REJECT, Reason.SUPERSEDED), frame)
 
-    def _make_room(self, wanted_bytes: int) -> None:
-        """Late frames that still wait for their score are given up before a fresh one is turned away."""
+    def _make_room(self, camera: str, wanted_bytes: int) -> None:
+        """Give up late frames that wait for their score, then the newest frames of the camera that holds most.
+
+        A flood turns its own frames away: another camera has room as long as it holds less than the one that floods.
+        """
         for engine in self.engines.values():
-            while self._used_bytes + wanted_bytes > self._budget_bytes and (late := engine.oldest_late()) is not None:
+            while self.used_bytes + wanted_bytes > self._budget_bytes and (late := engine.oldest_late()) is not None:
                 if self._withdraw(late) is None:
                     break
+        while self.used_bytes + wanted_bytes > self._budget_bytes and self._frames:
+            greediest, held_bytes = self._used_bytes.most_common(1)[0]
+            if held_bytes <= self._used_bytes[camera] + wanted_bytes:
+                return
+            newest = (key for key in reversed(self._frames) if key.camera == greediest)
+            given_up = next((key for key in newest if self._withdraw(key) is not None), None)
+            if given_up is None:
+                return
+            self._settle(given_up, Verdict(Outcome.REJECT, Reason.OVERLOAD))
 
     def _withdraw(self, key: PartKey) -> RawFrame | None:
         """Take a waiting frame back from its engine; None when it does not wait any more."""
@@ -195,16 +208,16 @@ class Dispatcher:
     def _release(self, key: PartKey) -> RawFrame | None:
         frame, _ = self._frames.pop(key, (None, ""))
         if frame is not None:
-            self._used_bytes -= _cost(frame)
+            self._used_bytes[key.camera] -= _cost(frame)
         return frame
 
     def credit(self, frame_bytes: int) -> int:
         """How many more frames of this size the byte budget takes now."""
-        return max(0, self._budget_bytes - self._used_bytes) // (frame_bytes + _FRAME_OVERHEAD_BYTES)
+        return max(0, self._budget_bytes - self.used_bytes) // (frame_bytes + _FRAME_OVERHEAD_BYTES)
 
     @property
     def used_bytes(self) -> int:
-        return self._used_bytes
+        return self._used_bytes.total()
 
     # -- verdicts out ------------------------------------------------------------------------------
 

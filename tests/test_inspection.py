@@ -1112,6 +1112,25 @@ def test_frame_that_cannot_be_judged_in_time_steps_behind_one_that_can() -> None
     assert [job.key.seq for job in taken if job is not None] == [1, 3, 0, 2]
 
 
+def test_cameras_take_turns_whoever_sent_how_much() -> None:
+    engine = Engine(None, lambda _done: None)  # type: ignore[arg-type]
+    flood = [PartKey("cam1", "e", seq) for seq in range(5)]
+    others = [PartKey("cam2", "e", 0), PartKey("cam3", "e", 0), PartKey("cam2", "e", 1)]
+    for place, key in enumerate([*flood, *others]):
+        frame = raw_frame(good_pixels(), camera=key.camera, seq=key.seq)
+        engine.submit(Job(key, frame, "part", place, NEVER_NS))
+    engine.withdraw(flood[1])
+    engine.postpone(flood[2])
+    assert [job.key for job, _ in engine.take_waiting()] == [flood[0], *flood[3:], *others, flood[2]]
+    for place, key in enumerate([*flood, *others]):
+        frame = raw_frame(good_pixels(), camera=key.camera, seq=key.seq)
+        engine.submit(Job(key, frame, "part", place, NEVER_NS))
+    taken = [engine._next() for _ in range(8)]
+    assert [job.key for job in taken if job is not None] == [
+        flood[0], others[0], others[1], flood[1], others[2], flood[2], flood[3], flood[4],
+    ]  # fmt: skip
+
+
 def test_jpeg_whose_scans_would_hold_up_the_line_is_refused() -> None:
     """66 kB of 16 megapixels, the last scan a hundred times over, took 5 s: longer than hang_ms, the daemon's end."""
     progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]

@@ -1,7 +1,8 @@
-"""An engine's own thread: frames wait here in order, one is inspected at a time.
+"""An engine's own thread: frames wait here, one is inspected at a time.
 
-The loop submits jobs and never waits. Parts whose deadline has passed step behind all fresh ones:
-their late score is worth having, but not at the price of the next deadline.
+The loop submits jobs and never waits. Cameras take turns, each with its oldest frame: one that floods makes its own
+parts late, not those of the others. Parts whose deadline has passed step behind all fresh ones: their late score is
+worth having, but not at the price of the next deadline.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Engine:
     def __init__(self, pipeline: Pipeline, report: Callable[[Done], None]) -> None:
         self.pipeline = pipeline
         self._report = report
-        self._fresh: OrderedDict[PartKey, Job] = OrderedDict()
+        self._fresh: OrderedDict[str, OrderedDict[PartKey, Job]] = OrderedDict()  # by camera, whose turn it is first
         self._late: OrderedDict[PartKey, Job] = OrderedDict()
         self._lock = threading.Lock()
         # One token a job, so that the thread sleeps in C: a Condition would hand two locks to and fro at each frame.
@@ -85,18 +86,18 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         with self._lock:
-            self._fresh[job.key] = job
+            self._fresh.setdefault(job.key.camera, OrderedDict())[job.key] = job
         self._tokens.put(None)
 
     def withdraw(self, key: PartKey) -> bool:
         """Take a waiting frame out; False if it was not waiting (it is being inspected, or done)."""
         with self._lock:
-            return (self._fresh.pop(key, None) or self._late.pop(key, None)) is not None
+            return (self._pop_fresh(key) or self._late.pop(key, None)) is not None
 
     def postpone(self, key: PartKey) -> None:
         """Let a waiting frame, whose verdict is out already, step behind every fresh one."""
         with self._lock:
-            job = self._fresh.pop(key, None)
+            job = self._pop_fresh(key)
             if job is not None:
                 self._late[key] = job
 
@@ -105,9 +106,10 @@ class Engine:
             return next(iter(self._late), None)
 
     def take_waiting(self) -> list[tuple[Job, bool]]:
-        """Everything that waits, in order, with whether it is late; for the engine that takes over."""
+        """Everything that waits, as it arrived, with whether it is late; for the engine that takes over."""
         with self._lock:
-            taken = [(job, False) for job in self._fresh.values()] + [(job, True) for job in self._late.values()]
+            fresh = sorted((job for waiting in self._fresh.values() for job in waiting.values()), key=_by_arrival)
+            taken = [(job, False) for job in fresh] + [(job, True) for job in self._late.values()]
             self._fresh.clear()
             self._late.clear()
         return taken
@@ -141,16 +143,34 @@ class Engine:
                 return None
             with self._lock:
                 self._pass_over_the_hopeless()
-                waiting = self._fresh or self._late
-                if waiting:  # else its job was withdrawn
-                    return waiting.popitem(last=False)[1]
+                if self._fresh:
+                    camera, waiting = self._fresh.popitem(last=False)
+                    job = waiting.popitem(last=False)[1]
+                    if waiting:
+                        self._fresh[camera] = waiting  # behind the others
+                    return job
+                if self._late:  # else its job was withdrawn
+                    return self._late.popitem(last=False)[1]
 
     def _pass_over_the_hopeless(self) -> None:
         """Frames that cannot be judged in time step behind those that can: else, once the queue is a deadline
         long, every frame would run out of time while it is at work."""
         hopeless_ns = monotonic_ns() + self._service_ns
-        while self._fresh:
-            key, job = next(iter(self._fresh.items()))
-            if job.deadline_ns >= hopeless_ns:
-                return
-            self._late[key] = self._fresh.pop(key)
+        for camera, waiting in list(self._fresh.items()):
+            while waiting and (job := next(iter(waiting.values()))).deadline_ns < hopeless_ns:
+                self._late[job.key] = waiting.pop(job.key)
+            if not waiting:
+                del self._fresh[camera]
+
+    def _pop_fresh(self, key: PartKey) -> Job | None:
+        waiting = self._fresh.get(key.camera)
+        if waiting is None:
+            return None
+        job = waiting.pop(key, None)
+        if not waiting:
+            del self._fresh[key.camera]
+        return job
+
+
+def _by_arrival(job: Job) -> int:
+    return job.arrived_ns
