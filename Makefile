@@ -57,9 +57,10 @@ restarts: .venv/.installed  ## 20 rounds of kill -9 under 100 frames a second; s
 	$(BIN)/python -m bench.restarts
 
 RUNS ?= 1000000
+JOBS ?= 2
 fuzz: .venv/.installed  ## make fuzz RUNS=1000000; every parser under atheris, bench/results/fuzz.json; hours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[fuzz]'
-	$(BIN)/python -m tests.fuzz --runs $(RUNS)
+	$(BIN)/python -m tests.fuzz --runs $(RUNS) --jobs $(JOBS)
 
 clean:
 	rm -rf .venv demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

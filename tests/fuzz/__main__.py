@@ -1,4 +1,4 @@
-"""Every target under atheris, one after the other: `make fuzz RUNS=1000000`.
+"""Every target under atheris: `make fuzz RUNS=1000000`.
 
     python -m tests.fuzz --runs 1000000 --seconds 14400 [NAME...]
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ LIMITS = ("-rss_limit_mb=2048", "-timeout=25", "-print_final_stats=1")  # beyond
 def fuzz(name: str, runs: int, seconds: int) -> dict[str, Any]:
     """One target; what libFuzzer said goes to the terminal when something was found, else only its numbers."""
     CRASHES.mkdir(exist_ok=True)
-    before = set(CRASHES.iterdir())
+    before = set(CRASHES.glob(f"{name}-*"))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="inspectd-fuzz-", dir=MEMORY) as folder:
         command = [sys.executable, "-m", "tests.fuzz.one", name, folder, f"-runs={runs}", f"-max_total_time={seconds}"]
@@ -37,7 +38,7 @@ def fuzz(name: str, runs: int, seconds: int) -> dict[str, Any]:
         kept = len(list((Path(folder) / "corpus").iterdir()))
     said = done.stderr.decode("utf-8", "replace")
     counted = re.findall(r"number_of_executed_units: (\d+)", said)
-    found = sorted(path.name for path in set(CRASHES.iterdir()) - before)
+    found = sorted(path.name for path in set(CRASHES.glob(f"{name}-*")) - before)
     if done.returncode or not counted:
         print(said[-6000:], file=sys.stderr)
         found = found or [f"exit code {done.returncode}"]
@@ -52,15 +53,20 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=1_000_000, help="executions a target")
     parser.add_argument("--seconds", type=int, default=14_400, help="at most, a target")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time; one takes one core")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(TARGETS)):
         parser.error(f"found target {unknown[0]!r}, wanted one of {', '.join(TARGETS)}")
     if find_spec("atheris") is None:
         parser.error("atheris is not installed; pip install 'inspectd[fuzz]'")
-    rows = []
-    for name in options.names or TARGETS:
-        rows.append(fuzz(name, options.runs, options.seconds))
-        print(rows[-1], flush=True)
+
+    def tell(name: str) -> dict[str, Any]:
+        row = fuzz(name, options.runs, options.seconds)
+        print(row, flush=True)
+        return row
+
+    with ThreadPoolExecutor(options.jobs) as jobs:
+        rows = list(jobs.map(tell, options.names or TARGETS))
     if not options.names:
         write_result("fuzz.json", {**origin("atheris", "opencv-python-headless", "pydantic"), "targets": rows})
     sys.exit(any(row["crashes"] for row in rows))
