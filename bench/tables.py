@@ -187,7 +187,7 @@ def transport_table() -> str:
 
 
 def reliability_table() -> str:
-    """Swaps, restarts, strangers and the soak: what was wanted and what was found, of those that were run."""
+    """Swaps, restarts, strangers, soak and fuzzer: what was wanted and what was found, of those that were run."""
     rows: list[tuple[str, str, str]] = [("run", "wanted", "found"), ("---", "---", "---")]
     if swaps := _found("swaps.json"):
         p99 = f"p99 {swaps['p99QuietMs']:.1f} ms, during swaps {swaps['p99DuringMs']:.1f} ms"
@@ -226,6 +226,15 @@ def reliability_table() -> str:
             ("", "memory below 2 MB/h", "too short to tell" if slope is None else f"{slope:.1f} MB/h"),
             ("", "no growth of descriptors", f"{soak['openFilesWarm']} to {soak['openFilesEnd']}"),
         ]
+    if found := _found("fuzz.json"):
+        targets = found["targets"]
+        rows.append(
+            (
+                f"{len(targets)} parsers under atheris",
+                "1,000,000 executions of each without a crash",
+                f"{min(target['runs'] for target in targets):,} or more, {sum(t['crashes'] for t in targets)} crashes",
+            )
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
