@@ -144,18 +144,24 @@ def summarise(
     scored = [row for row in rows if row["score"] is not None]
     labels = np.array([row["label"] == "defect" for row in scored])
     auroc = image_auroc(labels, np.array([row["score"] for row in scored]))
-    good = [row["outcome"] == "REJECT" for row in rows if row["label"] == "good"]
-    escaped = [row["outcome"] == "PASS" for row in rows if row["label"] == "defect"]
+    # Rates of the engine: what a busy machine made LATE is in deadlineMissed.
+    judged = [row for row in rows if row["reason"] in (None, "DEFECT")]
+    rejected = [row["outcome"] == "REJECT" for row in judged if row["label"] == "good"]
+    escaped = [row["outcome"] == "PASS" for row in judged if row["label"] == "defect"]
     product = manifest["products"][PRODUCT]
     return {
         **{key: counts[key] for key in ("sent", "verdicts", "missing", "deadlineMissed", "p50Ms", "p99Ms")},
         "imageAuroc": round(auroc, 4) if auroc is not None else None,
-        "falseRejectRate": round(float(np.mean(good)), 4),
+        "falseRejectRate": _share(rejected),
         "falseRejectTarget": product["targetFalseReject"],
         "falseRejectBound95": round(product["bound95"], 4),
-        "escapeRate": round(float(np.mean(escaped)), 4),
+        "escapeRate": _share(escaped),
         "buildSeconds": round(build_seconds, 1),
     }
+
+
+def _share(found: list[bool]) -> float | None:
+    return round(sum(found) / len(found), 4) if found else None
 
 
 def draw_overview(bundle: Path, rows: list[dict[str, Any]]) -> None:
