@@ -50,7 +50,7 @@ def check_backend(
             standardisation={"ldknn": SimpleNamespace(centre=1.0, scale=2.0)},
         ),
     )  # fmt: skip
-    bundle: Any = SimpleNamespace(folder=Path("check"), manifest=manifest)
+    bundle: Any = SimpleNamespace(folder=Path("check"), digest="check", manifest=manifest)
     kept = cuda.Networks, cuda.load_bank
     cuda.Networks = lambda _bundle, _capability, driver: FixedNetworks(driver, size, features)  # type: ignore[misc, assignment]
     cuda.load_bank = lambda _bundle: {"core": core, "density": density}
