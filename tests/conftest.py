@@ -10,6 +10,13 @@ import build_engines
 from trainer.site import run_command
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where compiled kernels are kept: as systemd would have it, and not in the home of whoever runs the tests."""
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """The build command without a process of its own: (exit code, stdout, stderr)."""

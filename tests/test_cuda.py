@@ -56,13 +56,6 @@ def keys(tmp_path):
     return tmp_path / "keys"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Where systemd would have compiled kernels kept."""
-    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tmp_path, keys):
     made = bundles.make_bundle(tmp_path / "bundle", keys, rows=300)
