@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns, time_ns
 from typing import Protocol
 
+from daemon.budget import to_give_up
 from daemon.config import Camera, Config
 from daemon.errors import FrameError
 from daemon.inspection.decode import lossless
@@ -187,30 +188,15 @@ class Dispatcher:
             while self.used_bytes + wanted_bytes > self._budget_bytes and (late := engine.oldest_late()) is not None:
                 if self._withdraw(late) is None:
                     break
-        for key in self._to_give_up(camera, wanted_bytes):
+        for key in to_give_up(self._used_bytes, self._budget_bytes, camera, wanted_bytes, self._newest_waiting):
             if self._withdraw(key) is not None:
                 self._settle(key, Verdict(Outcome.REJECT, Reason.OVERLOAD))
 
-    def _to_give_up(self, camera: str, wanted_bytes: int) -> list[PartKey]:
-        """None where they would not make room enough: a frame that has no room must not cost others theirs."""
-        chosen: list[PartKey] = []
-        held_bytes = self._used_bytes.copy()
-        newest: dict[str, Iterator[PartKey]] = {}
-        while held_bytes and held_bytes.total() + wanted_bytes > self._budget_bytes:
-            greediest, most_bytes = held_bytes.most_common(1)[0]
-            if most_bytes <= self._used_bytes[camera] + wanted_bytes:
-                return []
-            key = next(newest.setdefault(greediest, self._newest_waiting(greediest)), None)
-            if key is None:
-                return []
-            chosen.append(key)
-            held_bytes[greediest] -= _cost(self._frames[key][0])
-        return chosen
-
-    def _newest_waiting(self, camera: str) -> Iterator[PartKey]:
+    def _newest_waiting(self, camera: str) -> Iterator[tuple[PartKey, int]]:
         for key in reversed(self._frames):
-            if key.camera == camera and self.engines[self._frames[key][1]].is_waiting(key):
-                yield key
+            frame, product = self._frames[key]
+            if key.camera == camera and self.engines[product].is_waiting(key):
+                yield key, _cost(frame)
 
     def _withdraw(self, key: PartKey) -> RawFrame | None:
         """Take a waiting frame back from its engine; None when it does not wait any more."""
