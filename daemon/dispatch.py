@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from time import monotonic_ns, time_ns
 from typing import Protocol
 
+from daemon.budget import to_give_up
 from daemon.config import Camera, Config
 from daemon.errors import FrameError
 from daemon.inspection.decode import lossless
@@ -187,15 +188,15 @@ class Dispatcher:
             while self.used_bytes + wanted_bytes > self._budget_bytes and (late := engine.oldest_late()) is not None:
                 if self._withdraw(late) is None:
                     break
-        while self.used_bytes + wanted_bytes > self._budget_bytes and self._frames:
-            greediest, held_bytes = self._used_bytes.most_common(1)[0]
-            if held_bytes <= self._used_bytes[camera] + wanted_bytes:
-                return
-            newest = (key for key in reversed(self._frames) if key.camera == greediest)
-            given_up = next((key for key in newest if self._withdraw(key) is not None), None)
-            if given_up is None:
-                return
-            self._settle(given_up, Verdict(Outcome.REJECT, Reason.OVERLOAD))
+        for key in to_give_up(self._used_bytes, self._budget_bytes, camera, wanted_bytes, self._newest_waiting):
+            if self._withdraw(key) is not None:
+                self._settle(key, Verdict(Outcome.REJECT, Reason.OVERLOAD))
+
+    def _newest_waiting(self, camera: str) -> Iterator[tuple[PartKey, int]]:
+        for key in reversed(self._frames):
+            frame, product = self._frames[key]
+            if key.camera == camera and self.engines[product].is_waiting(key):
+                yield key, _cost(frame)
 
     def _withdraw(self, key: PartKey) -> RawFrame | None:
         """Take a waiting frame back from its engine; None when it does not wait any more."""

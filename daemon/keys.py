@@ -212,11 +212,16 @@ def make_server_key(folder: Path) -> CurvePair:
 
 def make_peer(folder: Path, name: str, roles: list[Role], topics: list[str]) -> Path:
     """A new peer in peers.yaml, and the file to carry to its machine. Raises ConfigError if the name is taken."""
-    if not (folder / _SERVER_PUBLIC).exists():
-        make_server_key(folder)
-    server_key = server_public_key(folder)
     peers_file = folder / "peers.yaml"
     peers = _load(peers_file, list[Peer]) if peers_file.exists() else []
+    if not (folder / _SERVER_PUBLIC).exists():
+        if peers and not (folder / "server.yaml").exists():
+            # A folder from before the public half was kept, its pair a credential: another pair would stop the daemon.
+            problem = f"lists peers, and neither half of the server's key is in {folder}"
+            wanted = f"bring {_SERVER_PUBLIC} (docs/install.md says how), or make another: inspectd keygen server"
+            raise ConfigError(str(peers_file), [f"{problem}; {wanted}"])
+        make_server_key(folder)
+    server_key = server_public_key(folder)
     if any(peer.name == name for peer in peers):
         raise ConfigError(str(peers_file), [f"peer {name!r} is there already; take its entry out to make a new key"])
     pair = _new_pair()

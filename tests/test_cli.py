@@ -228,6 +228,18 @@ def test_signing_key_is_secret_and_its_public_half_is_trusted(inspectd: Inspectd
     assert len(load_trusted(keys / "trusted.yaml")) == 1
 
 
+def test_peer_makes_no_second_server_key_where_the_first_is_a_credential(inspectd: Inspectd, tmp_path: Path) -> None:
+    """Nor in a folder from before its public half was kept."""
+    keys = tmp_path / "keys"
+    assert inspectd("keygen", "peer", "cam1", "--role", "camera", "--keys", keys).code == 0
+    (keys / "server.yaml").unlink()
+    (keys / "server.public.yaml").unlink()
+    ended = inspectd("keygen", "peer", "cam2", "--role", "camera", "--keys", keys)
+    assert ended.code == 78
+    assert "neither half of the server's key" in ended.err
+    assert not (keys / "server.yaml").exists()
+
+
 def test_server_key_is_secret_and_made_once(inspectd: Inspectd, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     ended = inspectd("keygen", "server", "--keys", keys)

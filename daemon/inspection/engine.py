@@ -94,6 +94,10 @@ class Engine:
         with self._lock:
             return (self._pop_fresh(key) or self._late.pop(key, None)) is not None
 
+    def is_waiting(self, key: PartKey) -> bool:
+        with self._lock:
+            return key in self._fresh.get(key.camera, ()) or key in self._late
+
     def postpone(self, key: PartKey) -> None:
         """Let a waiting frame, whose verdict is out already, step behind every fresh one."""
         with self._lock:

@@ -25,7 +25,8 @@ log = logging.getLogger("inspectd.sockets")
 _ZAP_DOMAIN = b"inspectd"
 _FRAMES_A_PEER = 4  # receive high-water mark: with MAXMSGSIZE this bounds what a peer can pile up
 # A peer whose cable was pulled, or that reads nothing, is gone after this. The kernel sees to it: with heartbeats of
-# its own libzmq (4.3.5) ends the process when a peer goes whose messages fill its queue.
+# its own libzmq (4.3.5) ends the process when a peer goes whose messages fill its queue, and so it does where the peer
+# has heartbeats (docs/wire.md).
 _PEER_GONE_S = 5
 _PROBE_S = 1
 _HANDSHAKE_MS = 5000  # a stranger that connects and says nothing holds a descriptor this long, not libzmq's 30 s
