@@ -11,6 +11,7 @@ import json
 import math
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -1112,23 +1113,38 @@ def test_frame_that_cannot_be_judged_in_time_steps_behind_one_that_can() -> None
     assert [job.key.seq for job in taken if job is not None] == [1, 3, 0, 2]
 
 
-def test_cameras_take_turns_whoever_sent_how_much() -> None:
+def submit(engine: Engine, keys: list[PartKey], deadline_ns: Callable[[int], int]) -> None:
+    for place, key in enumerate(keys):
+        frame = raw_frame(good_pixels(), camera=key.camera, seq=key.seq)
+        engine.submit(Job(key, frame, "part", place, deadline_ns(place)))
+
+
+FLOOD = [PartKey("cam1", "e", seq) for seq in range(5)]
+OTHERS = [PartKey("cam2", "e", 0), PartKey("cam3", "e", 0), PartKey("cam2", "e", 1)]
+
+
+def test_cameras_take_turns_where_not_all_can_be_judged_in_time() -> None:
     engine = Engine(None, lambda _done: None)  # type: ignore[arg-type]
-    flood = [PartKey("cam1", "e", seq) for seq in range(5)]
-    others = [PartKey("cam2", "e", 0), PartKey("cam3", "e", 0), PartKey("cam2", "e", 1)]
-    for place, key in enumerate([*flood, *others]):
-        frame = raw_frame(good_pixels(), camera=key.camera, seq=key.seq)
-        engine.submit(Job(key, frame, "part", place, NEVER_NS))
-    engine.withdraw(flood[1])
-    engine.postpone(flood[2])
-    assert [job.key for job, _ in engine.take_waiting()] == [flood[0], *flood[3:], *others, flood[2]]
-    for place, key in enumerate([*flood, *others]):
-        frame = raw_frame(good_pixels(), camera=key.camera, seq=key.seq)
-        engine.submit(Job(key, frame, "part", place, NEVER_NS))
+    soon_ns = time.monotonic_ns() + 3_600_000_000_000
+    engine._service_ns = 1_000_000_000_000  # eight of them take longer, one does not
+    submit(engine, [*FLOOD, *OTHERS], lambda place: soon_ns + place)
+    taken = [engine._next() for _ in range(3)]
+    assert [job.key for job in taken if job is not None] == [FLOOD[0], OTHERS[0], OTHERS[1]]
+
+
+def test_earliest_deadline_is_first_where_all_can_be_judged_in_time() -> None:
+    engine = Engine(None, lambda _done: None)  # type: ignore[arg-type]
+    submit(engine, [*FLOOD, *OTHERS], lambda place: NEVER_NS - 100 + place)
     taken = [engine._next() for _ in range(8)]
-    assert [job.key for job in taken if job is not None] == [
-        flood[0], others[0], others[1], flood[1], others[2], flood[2], flood[3], flood[4],
-    ]  # fmt: skip
+    assert [job.key for job in taken if job is not None] == [*FLOOD, *OTHERS]
+
+
+def test_what_waits_is_handed_over_as_it_arrived() -> None:
+    engine = Engine(None, lambda _done: None)  # type: ignore[arg-type]
+    submit(engine, [*FLOOD, *OTHERS], lambda _place: NEVER_NS)
+    engine.withdraw(FLOOD[1])
+    engine.postpone(FLOOD[2])
+    assert [job.key for job, _ in engine.take_waiting()] == [FLOOD[0], *FLOOD[3:], *OTHERS, FLOOD[2]]
 
 
 def test_jpeg_whose_scans_would_hold_up_the_line_is_refused() -> None:

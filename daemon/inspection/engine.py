@@ -1,7 +1,8 @@
 """An engine's own thread: frames wait here, one is inspected at a time.
 
-The loop submits jobs and never waits. Cameras take turns, each with its oldest frame: one that floods makes its own
-parts late, not those of the others. Parts whose deadline has passed step behind all fresh ones: their late score is
+The loop submits jobs and never waits. The earliest deadline is first as long as all that wait can be judged in time;
+where they cannot, cameras take turns, each with its oldest frame: one that floods makes its own parts late, not those
+of the others. Parts whose deadline has passed step behind all fresh ones: their late score is
 worth having, but not at the price of the next deadline.
 """
 
@@ -148,13 +149,21 @@ class Engine:
             with self._lock:
                 self._pass_over_the_hopeless()
                 if self._fresh:
-                    camera, waiting = self._fresh.popitem(last=False)
-                    job = waiting.popitem(last=False)[1]
-                    if waiting:
-                        self._fresh[camera] = waiting  # behind the others
-                    return job
+                    return self._take_fresh()
                 if self._late:  # else its job was withdrawn
                     return self._late.popitem(last=False)[1]
+
+    def _take_fresh(self) -> Job:
+        """By deadline while all that wait can be judged in time, else the oldest of the camera whose turn it is."""
+        all_done_ns = monotonic_ns() + self._service_ns * sum(map(len, self._fresh.values()))
+        camera = next(iter(self._fresh))
+        if all(all_done_ns <= next(reversed(waiting.values())).deadline_ns for waiting in self._fresh.values()):
+            camera = min(self._fresh, key=lambda name: next(iter(self._fresh[name].values())).deadline_ns)
+        waiting = self._fresh.pop(camera)
+        job = waiting.popitem(last=False)[1]
+        if waiting:
+            self._fresh[camera] = waiting  # behind the others
+        return job
 
     def _pass_over_the_hopeless(self) -> None:
         """Frames that cannot be judged in time step behind those that can: else, once the queue is a deadline
