@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,16 +110,7 @@ class Line:
 
     def pump(self, timeout_ms: float) -> None:
         """Ping when it is time, and take in whatever arrives within `timeout_ms` (and up to 1 ms more)."""
-        until_ns = time.monotonic_ns() + int(timeout_ms * 1e6)
-        while True:
-            now_ns = time.monotonic_ns()
-            if now_ns >= self._next_ping_ns:
-                self._ping(now_ns)
-            wait_ns = min(until_ns, self._next_ping_ns) - now_ns
-            for socket, _ in self._poller.poll(max(0, -(-wait_ns // 1_000_000))):
-                self._take_all(socket)
-            if time.monotonic_ns() >= until_ns:
-                return
+        pump_sockets(self._poller, timeout_ms, self._ping, self._take_all)
 
     def reopen_camera(self, epoch: str | None = None) -> None:
         """The camera's cable is pulled and put in again: what had not left is lost, and so are answers under way.
@@ -147,13 +138,17 @@ class Line:
             socket.close(linger=200)
         self._context.term()
 
-    def _ping(self, now_ns: int) -> None:
+    def _ping(self, now_ns: int) -> int:
+        """If it is time; returns when it is again."""
+        if now_ns < self._next_ping_ns:
+            return self._next_ping_ns
         self._next_ping_ns = now_ns + _PING_MS * 1_000_000
         self._nonces += 1
         nonce = f"{self.epoch}-{self._nonces}"
         hello = self.lease.needs_hello(now_ns)
         header = self.lease.hello(nonce, now_ns) if hello else self.lease.ping(nonce, now_ns)
         self._send_permit(header)
+        return self._next_ping_ns
 
     def _send_permit(self, header: Header) -> None:
         try:
@@ -204,6 +199,20 @@ class Line:
         if part is not None:
             part.permits.append(header)
             part.believed |= self.lease.may_pass(self.camera, self.epoch, part.seq, now_ns)
+
+
+def pump_sockets(
+    poller: zmq.Poller, timeout_ms: float, ping: Callable[[int], int], take: Callable[[Any], object]
+) -> None:
+    """`take` what arrives within `timeout_ms` and up to 1 ms more; `ping` does what is due and says when again (ns)."""
+    until_ns = time.monotonic_ns() + int(timeout_ms * 1e6)
+    while True:
+        now_ns = time.monotonic_ns()
+        wait_ns = min(until_ns, ping(now_ns)) - now_ns
+        for socket, _ in poller.poll(max(0, -(-wait_ns // 1_000_000))):
+            take(socket)
+        if time.monotonic_ns() >= until_ns:
+            return
 
 
 @contextmanager

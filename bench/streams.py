@@ -19,6 +19,7 @@ import click
 import numpy as np
 import zmq
 
+from adapters.line import pump_sockets
 from daemon.errors import InspectError
 from daemon.keys import PeerFile
 from daemon.line.permit import Lease
@@ -66,25 +67,21 @@ class Listener:
 
     def pump(self, timeout_ms: float) -> None:
         """Take in what arrives within `timeout_ms`, and up to 1 ms more."""
-        until_ns = time.monotonic_ns() + int(timeout_ms * 1e6)
-        while True:
-            now_ns = time.monotonic_ns()
-            if now_ns >= self._next_ping_ns:
-                self._ping(now_ns)
-            wait_ms = max(0, -(-(min(until_ns, self._next_ping_ns) - now_ns) // 1_000_000))
-            for socket, _ in self._poller.poll(wait_ms):
-                if socket in self.also:
-                    self.also[socket]()
-                else:
-                    _take_all(socket, self._hear_result if socket is self._results else self._hear_permit)
-            if time.monotonic_ns() >= until_ns:
-                return
+        pump_sockets(self._poller, timeout_ms, self._ping, self._take)
 
-    def _ping(self, now_ns: int) -> None:
-        self._next_ping_ns = now_ns + _PING_NS
-        self._nonces += 1
-        say = self._lease.hello if self._lease.needs_hello(now_ns) else self._lease.ping
-        self._send(say(str(self._nonces), now_ns))
+    def _take(self, socket: Any) -> None:
+        if socket in self.also:
+            self.also[socket]()
+        else:
+            _take_all(socket, self._hear_result if socket is self._results else self._hear_permit)
+
+    def _ping(self, now_ns: int) -> int:
+        if now_ns >= self._next_ping_ns:
+            self._next_ping_ns = now_ns + _PING_NS
+            self._nonces += 1
+            say = self._lease.hello if self._lease.needs_hello(now_ns) else self._lease.ping
+            self._send(say(str(self._nonces), now_ns))
+        return self._next_ping_ns
 
     def _send(self, header: Header) -> None:
         try:

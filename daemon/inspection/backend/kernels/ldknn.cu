@@ -50,17 +50,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   });
 #pragma unroll
-  for (int own = 0; own < kOwnRows; ++own) {
-    unsigned long long key = 0;  // nothing found: all NaN
-    if (best_row[own] >= 0)
-      key = static_cast<unsigned long long>(orderable(best[own])) << 32 | static_cast<unsigned>(~best_row[own]);
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
-      const unsigned long long other = exchange(key, lanes);
-      key = other > key ? other : key;
-    }
-    if (threadIdx.x % 4 == 0 && own_query(own) < m) keep_largest(keys + own_query(own), key);
-  }
+  for (int own = 0; own < kOwnRows; ++own) keep_best(keys, own_query(own), m, best[own], best_row[own]);
 }
 
 // features (M D), core (N D), density (N) in f32. A query without a winner (NaN) keeps NaN, which the daemon rejects.

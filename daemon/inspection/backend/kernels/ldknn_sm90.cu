@@ -100,16 +100,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
-    unsigned long long key = 0;  // nothing found: all NaN
-    if (best_row[lower] >= 0)
-      key = static_cast<unsigned long long>(orderable(best[lower])) << 32 | static_cast<unsigned>(~best_row[lower]);
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
-      const unsigned long long other = exchange(key, lanes);
-      key = other > key ? other : key;
-    }
     const int query = first_query + (threadIdx.x / 32) * 16 + lower * 8 + lane / 4;
-    if (lane % 4 == 0 && query < m) keep_largest(keys + query, key);
+    keep_best(keys, query, m, best[lower], best_row[lower]);
   }
 #else
   stop_launch();

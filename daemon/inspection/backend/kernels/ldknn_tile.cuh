@@ -125,6 +125,19 @@ __device__ inline void multiply_slice(const void* queries, const void* bank, con
   wait_copies<0>();
 }
 
+// The best of four neighbouring lanes, which share a query, into the query's key: the larger score, of equal ones the
+// lower bank row. row < 0: nothing found, all NaN.
+__device__ inline void keep_best(unsigned long long* keys, int query, int m, float score, int row) {
+  unsigned long long key = 0;
+  if (row >= 0) key = static_cast<unsigned long long>(orderable(score)) << 32 | static_cast<unsigned>(~row);
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    const unsigned long long other = exchange(key, lanes);
+    key = other > key ? other : key;
+  }
+  if (threadIdx.x % 4 == 0 && query < m) keep_largest(keys + query, key);
+}
+
 // |one - other|^2 over d channels in f32, by a whole warp; every lane gets it.
 __device__ inline float distance_sq(const float* one, const float* other, int d) {
   float sum = 0.0f;
