@@ -162,7 +162,7 @@ def measure(site: Site, rounds: int, rate: float, seed: int) -> dict[str, Any]:
 def kill_and_start(watch: Watch, systemd: Notified) -> None:
     """kill -9 with parts in flight, at once a new process, and on until it was READY and has spoken for a part."""
     line, site = watch.line, watch.site
-    for _ in range(watch.random.randint(1, 4)):
+    for _ in range(watch.random.randint(6, 12)):  # more than a quick machine judges before it is killed
         watch.pace.send()
     line.pump(watch.random.uniform(0.0, 8.0))
     site.kill()
