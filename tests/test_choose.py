@@ -247,6 +247,25 @@ def test_larger_input_must_be_better_beyond_doubt():
     assert choosing._take(without, made, Settings()).settings.long_side == 512
 
 
+def test_of_settings_that_are_as_good_the_least_corrected_is_taken():
+    """Alpha 1 is best by a hair, 0.5 as good, 0.25 clearly worse though better than plain."""
+    good_then_bad = np.r_[np.zeros(20, bool), np.ones(20, bool)]
+    truth = Truth(good_then_bad[:, None], np.r_[np.arange(20), np.arange(20)])
+    nearly = np.where(np.arange(40) == 20, 18, SEPARATE)  # one defect among the good ones
+    halfway = np.where(np.arange(40) % 4 == 0, MIXED, SEPARATE)
+    column = {alpha: np.asarray(values, np.float32)[:, None] for alpha, values in
+              {0.0: MIXED, 0.25: halfway, 0.5: nearly, 1.0: SEPARATE}.items()}  # fmt: skip
+    made = {
+        alpha: grid.GridScores({100: column[0.0]}, {(100, 1): (column[0.0] - column[alpha]) / (alpha or 1)}, truth)
+        for alpha in column
+    }
+    kept = {Settings(64, View(), 100, 1, alpha): made[alpha] for alpha in column}
+    trials = [Trial(each, find_merit(kept[each].maps(each), kept[each].truth), 1.0) for each in kept]
+    choice = choosing._take(trials, kept, Settings())
+    assert choice.trials[0].settings.alpha == 1.0
+    assert choice.settings.alpha == 0.5
+
+
 def test_without_plain_in_the_grid_the_best_is_taken():
     made = scores(MIXED, SEPARATE)
     trials = [

@@ -244,7 +244,8 @@ def _take(trials: Sequence[Trial], kept: Mapping[Settings, GridScores], defaults
     error = _error(best, plain, kept)
     found = f"{best.merit.value - plain.merit.value:+.3f} +- {error:.3f}"
     if is_better(best.merit, plain.merit, error):
-        return Choice(best.settings, f"{found} over plain 1-NN on synthetic defects", order, plain)
+        gentlest = _least_corrected(order, best, plain, best.merit.value - error)
+        return Choice(gentlest.settings, f"{found} over plain 1-NN on synthetic defects", order, plain)
     reason = f"plain 1-NN: the best of the grid that ranks images no worse is {found} better, which may be chance"
     return Choice(plain.settings, reason, order, plain)
 
@@ -261,6 +262,23 @@ def _smallest_as_good(order: Sequence[Trial], plain: Trial, kept: Mapping[Settin
         if not is_better(worthy[0].merit, first.merit, _error(worthy[0], first, kept)):
             return first
     raise AssertionError("the best is not better than itself")
+
+
+def _least_corrected(order: Sequence[Trial], best: Trial, plain: Trial, least: float) -> Trial:
+    """Of the best one's input, the smallest alpha that has at least the merit `least`; of that alpha, the best.
+
+    The rule of one standard error (Breiman et al. 1984, section 3.4.3): between settings that the synthetic defects
+    cannot tell apart, the simpler one. A density correction that is no gain is a risk: with real defects the strongest
+    ones of the grid were the settings that fell below plain 1-NN (docs/accuracy.md).
+    """
+    equal = [
+        trial
+        for trial in order
+        if _same_input(trial.settings, best.settings)
+        and trial.merit.image_auroc >= plain.merit.image_auroc
+        and trial.merit.value >= least
+    ]
+    return min(equal, key=lambda trial: trial.settings.alpha)  # of equal ones the first: `order` has the best first
 
 
 def _error(one: Trial, other: Trial, kept: Mapping[Settings, GridScores]) -> float:
