@@ -5,6 +5,7 @@ Nothing here can stop inspection: what fails is logged, shown as a metric, and t
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from time import monotonic
@@ -20,6 +21,7 @@ log = logging.getLogger("inspectd.writer")
 SYNC_S = 0.1
 _FILL_EVERY = 5  # rounds of SYNC_S
 _FORGET_EVERY_S = 3600.0
+_TRIM_EVERY_S = 60.0
 
 
 class Writer:
@@ -52,6 +54,7 @@ class Writer:
     def _work(self) -> None:
         ledger: Ledger | None = None
         round_number, forgotten_s = 0, -_FORGET_EVERY_S
+        trimmed_s = monotonic()
         stopping = False
         while not stopping:
             stopping = self._stop.wait(SYNC_S)
@@ -62,6 +65,9 @@ class Writer:
                 due = monotonic() - forgotten_s >= _FORGET_EVERY_S
                 forgotten_s = monotonic() if due else forgotten_s
                 ledger = self._fill(ledger, forget=due)
+            if monotonic() - trimmed_s >= _TRIM_EVERY_S:
+                trimmed_s = monotonic()
+                trim_heap()
         if ledger is not None:
             ledger.close()
 
@@ -91,3 +97,12 @@ class Writer:
             log.error("ledger is behind the journal, tried again: %s", error)  # noqa: TRY400 - the trace adds nothing
             return None
         return ledger
+
+
+def trim_heap() -> bool:
+    """Give free memory back to the system; False where there was none, or the C library cannot (musl).
+
+    glibc keeps what a burst of waiting frames took: each burst that is larger than those before would stay for good.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return bool(trim is not None and trim(0))
