@@ -4,11 +4,11 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test test-faults check format bench accuracy limits soak swaps restarts fuzz clean install install-venv install-files uninstall own-folder
+.PHONY: demo test test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dev]'
 	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they
 	# depend on they would be it. Its generator left five lines that are no Python: docs/decisions.md.
 	rm -rf .venv/stubs
@@ -56,6 +56,9 @@ swaps: .venv/.installed  ## 200 engine swaps under load; some 5 minutes
 restarts: .venv/.installed  ## 20 rounds of kill -9 under 100 frames a second; some 2 minutes
 	$(BIN)/python -m bench.restarts
 
+plc: .venv/.installed  ## 2,000 parts into a PLC three ways while daemon, bridge and PLC are killed; some 6 minutes
+	$(BIN)/python -m bench.plc
+
 RUNS ?= 1000000
 JOBS ?= 2
 fuzz: .venv/.installed  ## make fuzz RUNS=1000000; every parser under atheris, bench/results/fuzz.json; hours
@@ -100,10 +103,12 @@ endif
 install-files: own-folder
 	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
 	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
-	$(TO_PREFIX) systemd/inspectd.service | install -m 0644 /dev/stdin $(UNITS)/inspectd.service
+	for name in inspectd.service inspectd-plc@.service; do \
+		$(TO_PREFIX) systemd/$$name | install -m 0644 /dev/stdin $(UNITS)/$$name || exit; done
 	for name in nvidia jetson; do \
 		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
-	$(TO_PREFIX) docs/install.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/install.md
+	for name in install plc; do \
+		$(TO_PREFIX) docs/$$name.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$name.md || exit; done
 	install -m 0644 systemd/inspectd.sysusers $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf
 	install -m 0644 systemd/inspectd.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
 	test -d $(STATE) || install -d -m 0750 $(STATE)
@@ -113,7 +118,7 @@ uninstall: own-folder  ## leaves the account, /var/lib/inspectd and what you put
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service; fi
 endif
-	rm -f $(UNITS)/inspectd.service $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
+	rm -f $(UNITS)/inspectd.service $(UNITS)/inspectd-plc@.service $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
 	rm -rf $(HOUSE)
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
