@@ -84,10 +84,13 @@ class OpcUaServer:
         self._endpoint, self._handover, self._cycle_s = endpoint, handover, cycle_s
         self._nodes: dict[str, Node] = {}
         self._told: dict[str, Any] = {}
+        self._lease: Lease | None = None
+        self._updating = asyncio.Lock()
 
     async def run(self, lease: Lease) -> None:
         """Until cancelled. Raises UsageError where the address cannot be had, ConfigError for unusable certificates."""
         server = await self._make()
+        self._lease = lease
         try:
             await server.start()
         except OSError as error:
@@ -96,18 +99,20 @@ class OpcUaServer:
         try:
             while True:
                 began_s = time.monotonic()
-                await self.update(lease)
+                await self._update()
                 await asyncio.sleep(max(0.0, self._cycle_s - (time.monotonic() - began_s)))
         finally:
             await server.stop()
 
-    async def update(self, lease: Lease) -> None:
+    async def _update(self) -> None:
         """Write what has changed. A PASS must hold until the next time, and once more."""
-        output = self._handover.show(lease, time.monotonic_ns(), int(2e9 * self._cycle_s))
-        if output.number != self._told.get("number") and output.number:
-            await self._tell("creationTime", datetime.now(timezone.utc), ua.VariantType.DateTime)
-        for name, kind, value in _FIELDS:
-            await self._tell(name, value(output), kind)
+        assert self._lease is not None
+        async with self._updating:
+            output = self._handover.show(self._lease, time.monotonic_ns(), int(2e9 * self._cycle_s))
+            if output.number != self._told.get("number") and output.number:
+                await self._tell("creationTime", datetime.now(timezone.utc), ua.VariantType.DateTime)
+            for name, kind, value in _FIELDS:
+                await self._tell(name, value(output), kind)
 
     async def _tell(self, name: str, value: Any, kind: ua.VariantType) -> None:
         if self._told.get(name) != value:
@@ -145,8 +150,11 @@ class OpcUaServer:
     def _acknowledge(self) -> Callable[..., Awaitable[Any]]:
         @uamethod
         async def acknowledge(_parent: Any, session: int, number: int) -> bool:
-            """Whether that was the result that is shown; the next one is shown from the next cycle on."""
-            return self._handover.acknowledge(session, number)
+            """Whether that was the result that is shown. When the answer comes, the next one is."""
+            is_it = self._handover.acknowledge(session, number)
+            if is_it:
+                await self._update()
+            return is_it
 
         return acknowledge
 
