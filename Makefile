@@ -6,7 +6,7 @@ PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.vers
 
 .PHONY: demo test test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt daemon/inspection/backend/kernels/nearest_cpu.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dev]'
 	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they
