@@ -164,3 +164,14 @@ def test_without_a_usable_compiled_search_there_is_none_to_load(tmp_path: Path, 
     (tmp_path / f"_nearest{pruned.EXTENSION_SUFFIXES[0]}").write_bytes(b"for another machine")
     assert pruned.load_library(tmp_path) is None
     assert "OpenVINO searches" in caplog.text
+
+
+def test_doctor_says_whether_the_search_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from daemon.doctor import _machine
+
+    library()
+    assert "ok    compiled search: yes" in {str(finding) for finding in _machine()}
+    monkeypatch.setattr(pruned, "load_library", lambda: None)
+    (told,) = (finding for finding in _machine() if "compiled search" in str(finding))
+    assert told.state == "WARN"
+    assert "C compiler" in str(told)
