@@ -11,11 +11,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-import openvino as ov
 
 from daemon.bundle import NETWORKS, Bundle, Preprocessing
 from daemon.errors import DeviceError
-from daemon.inspection.backend.nearest import NearestRows, Rows
+from daemon.inspection.backend.nearest import NearestRows, Rows, openvino_core
 from daemon.inspection.backend.pruned import PrunedRows, load_library
 from daemon.inspection.backend.resize import Resizer
 from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
@@ -103,9 +102,10 @@ class CpuBackend:
         return AnomalyMap(smoothed, frame_hw, float(smoothed.max()))
 
     def close(self) -> None:
-        del self._network
         if self._search is not None:
             self._search.close()
+        # OpenVINO's objects end here: one that outlives its library, at the end of the process, takes it down.
+        del self._network, self._search
 
 
 def normalise(
@@ -135,7 +135,7 @@ def _compile(
     bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str, threads: int
 ) -> tuple[Any, NearestRows | PrunedRows | None]:
     """A request of the networks (f32), and the search in the bank, if any. Raises DeviceError, BundleError."""
-    core = ov.Core()
+    core = openvino_core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise DeviceError("precision bf16: this processor has no bf16 instructions; set backend.precision to f32")
     try:

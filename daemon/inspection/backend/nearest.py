@@ -13,6 +13,7 @@ the cache) names its best row, and the best two of these are compared in float32
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,16 @@ _COMPARED = 2  # blocks' best rows, in bf16
 _PIECES = 3  # of 8 bits, for float32's 24
 
 Rows = npt.NDArray[np.int32]
+
+
+@cache
+def openvino_core() -> ov.Core:
+    """The process's one Core, which stays.
+
+    OpenVINO's CPU plugin gives the thread that loads it a stack for signals, and takes it away when it is unloaded: by
+    another thread, as in a swap of engines, the next signal would end the process.
+    """
+    return ov.Core()
 
 
 class NearestRows:
@@ -48,7 +59,7 @@ class NearestRows:
             )
         else:
             model, given = _whole(patches, bank), source
-        self._request = ov.Core().compile_model(model, "CPU", dict(options)).create_infer_request()
+        self._request = openvino_core().compile_model(model, "CPU", dict(options)).create_infer_request()
         self._request.set_input_tensor(given)
 
     def find(self) -> tuple[Rows, FloatArray]:
