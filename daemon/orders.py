@@ -52,8 +52,6 @@ class Orders:
         request = self._asked.pop(client, None)
         if request is not None and request.command != "status":
             self._journal.write(event_record(request, answer))
-            log.info(
-                "command=%s user=%s engine=%s ok=%s", request.command, request.user, request.engine, answer["ok"]
-            )
+            log.info("command=%s user=%s engine=%s ok=%s", request.command, request.user, request.engine, answer["ok"])
         with suppress(zmq.ZMQError):
             self._socket.send_multipart([client, encode_header(answer)], zmq.NOBLOCK)
