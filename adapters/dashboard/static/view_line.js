@@ -13,8 +13,8 @@ export function open(root, app) {
   const list = h("ol", { class: "rejects" })
   const empty = h("p", { class: "note" }, "None since this page was opened.")
   root.append(
-    h("div", { class: "slider" }, h("label", { for: "strength" }, "Overlay on the pictures"), slider),
     h("div", { class: "cameras" }, ...[...cards.values()].map(card => card.element)),
+    h("div", { class: "slider" }, h("label", { for: "strength" }, "Overlay on the pictures"), slider),
     h("section", { "aria-labelledby": "newest" }, h("h2", { id: "newest" }, "Newest rejects"), empty, list),
   )
   const take = ({ detail }) => {
@@ -62,7 +62,7 @@ class Card {
     this.caption = h("p", { class: "note" }, "No picture yet.")
     this.gauge = new Gauge()
     const facts = h("dl", { class: "facts" })
-    this.rate = fact(facts, "Parts a second")
+    this.rate = fact(facts, "Rate")
     this.passed = fact(facts, "Passed")
     this.rejected = fact(facts, "Rejected")
     this.part = fact(facts, "Part")
@@ -88,7 +88,7 @@ class Card {
     if (last == null) sign(this.verdict, "none", "NO VERDICT")
     else sign(this.verdict, last.outcome === "PASS" ? "good" : "bad", last.outcome, last.reason ?? "")
     const rejected = Object.values(camera.rejected).reduce((sum, count) => sum + count, 0)
-    text(this.rate, number(camera.rate))
+    text(this.rate, `${number(camera.rate)} / s`)
     text(this.passed, String(camera.passed))
     text(this.rejected, String(rejected))
     text(this.part, last == null ? "–" : `${last.partId ?? last.seq}`)
