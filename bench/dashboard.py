@@ -1,11 +1,12 @@
 """What the dashboard costs the line, and how soon a reject is on the screen.
 
-    python -m bench.dashboard        (four cameras, 50 frames a second together, rendered 256x256 parts; some 8 minutes)
+    python -m bench.dashboard        (four cameras, 50 frames of 256x256 a second together; some 8 minutes)
 
 Three arms in turns, on one daemon that never stops, the first seconds of each left out: `without` a dashboard; with one
-that a client watches (`watched`: it takes every picture it is offered, as a browser on another machine does); and with a dashboard in a Chromium on this very machine (`browser`), at the lowest priority, for it renders in
-software here. The daemon's times are from sending to hearing, through encrypted sockets, one part in 25 a reject; its
-p99 is taken over all rounds of an arm. The engine is small (one convolution), so that the daemon's own part shows.
+that a client watches (`watched`: it takes every picture it is offered, as a browser on another machine does); with one
+in a Chromium on this very machine (`browser`), at the lowest priority, for it renders in software here. The daemon's
+times are from sending to hearing, through encrypted sockets, one part in 25 a reject; its p99 is taken over all rounds
+of an arm. The engine is small (one convolution), so that the daemon's own part shows.
 Screen: from a reject's verdict (its decidedNs) to its line in the list, and to its picture where no newer one overtook
 it, both by the page's own clock. Writes bench/results/dashboard.json.
 """

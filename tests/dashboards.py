@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -85,13 +86,14 @@ class Shown:
 
     @property
     def url(self) -> str:
-        return f"http://{yaml.safe_load(self.config.read_text())['bind']}"
+        known = yaml.safe_load(self.config.read_text())
+        return f"{'https' if known.get('tls') else 'http'}://{known['bind']}"
 
     @property
     def log(self) -> str:
         return (self.site.folder / "dashboard.log").read_text()
 
-    def start(self, *program: str, timeout_s: float = 30.0) -> None:
+    def start(self, *program: str, timeout_s: float = 30.0, context: ssl.SSLContext | None = None) -> None:
         """Until it serves its login page."""
         command = [*(program or (sys.executable,)), "-m", "daemon", "dashboard", "--config", str(self.config)]
         with (self.site.folder / "dashboard.log").open("ab") as log:
@@ -103,7 +105,7 @@ class Shown:
             if self.process.poll() is not None:
                 raise AssertionError(f"the dashboard ended with {self.process.returncode}:\n{self.log}")
             try:
-                with urllib.request.urlopen(f"{self.url}/login", timeout=1) as answer:
+                with urllib.request.urlopen(f"{self.url}/login", timeout=1, context=context) as answer:
                     assert answer.status == 200
                     return
             except OSError:

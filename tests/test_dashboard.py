@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import ssl
 import stat
 import struct
 import time
+import urllib.request
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -24,10 +33,11 @@ from adapters.dashboard.live import Live
 from adapters.dashboard.settings import load_place, load_settings
 from adapters.dashboard.users import load_users, save_user
 from daemon.errors import ConfigError, UsageError, WireError
+from daemon.keys import make_peer
 from daemon.line.wire import encode_header
 from tests.bundles import bad_pixels, install_bundle
 from tests.daemons import make_site
-from tests.dashboards import PASSWORD, add_user, png, record_frame, rejected, set_up, write_books
+from tests.dashboards import PASSWORD, Shown, add_user, png, record_frame, rejected, set_up, write_books
 from tests.lines import pump_until, send, settle
 
 OURS = {"origin": "http://testserver"}
@@ -156,7 +166,8 @@ def test_over_tls_the_cookie_never_travels_in_the_open(site):
 def test_a_changed_cookie_is_worth_nothing(client, dashboard):
     log_in(client)
     value = client.cookies["inspectd"]
-    for changed in (value[1:], value.replace(".", "", 1), value[:-10], value[:5] + value[5].swapcase() + value[6:], ""):
+    another = value[:5] + ("A" if value[5] != "A" else "B") + value[6:]
+    for changed in (another, value[1:], value.replace(".", "", 1), value[:-10], ""):
         assert TestClient(dashboard.app, cookies={"inspectd": changed}).get("/api/session").status_code == 401
     assert TestClient(dashboard.app, cookies={"inspectd": value}).get("/api/session").status_code == 200
 
@@ -709,6 +720,21 @@ def test_words_that_are_not_ours_end_the_socket(dashboard, said):
             assert end_of(socket) == 1008
 
 
+def test_only_so_many_may_watch_at_once(dashboard, monkeypatch):
+    monkeypatch.setattr("adapters.dashboard.watchers.MOST_WATCHERS", 2)
+    with TestClient(dashboard.app) as client:
+        log_in(client)
+        first = client.websocket_connect("/live", headers=OURS)
+        second = client.websocket_connect("/live", headers=OURS)
+        with first as one, second as two:
+            one.receive_text()
+            two.receive_text()
+            with client.websocket_connect("/live", headers=OURS) as third:
+                assert end_of(third) == 1013
+        with client.websocket_connect("/live", headers=OURS) as again:  # the two have gone
+            assert json.loads(again.receive_text())["fresh"]
+
+
 # --- with a real daemon
 
 
@@ -792,6 +818,68 @@ def test_passed_parts_show_a_frame_now_and_then_where_config_asks(site):
         settle(line)
         assert [part.results[0]["payloads"] for part in line.parts.values()] == [["frame"], [], [], [], []]
     assert site.stop() == 0
+
+
+def test_a_key_for_this_lines_results_alone_is_enough(site):
+    """And the dashboard hears nothing without one that allows it."""
+    topics = ["result/test/*", "late/test/*", "health/test"]
+    make_peer(site.folder / "keys", "shown", ["subscriber"], topics)
+    make_peer(site.folder / "keys", "camera", ["camera"], ["*"])
+    site.start()
+    for peer, state in (("shown", "RUNNING"), ("camera", "NO_DAEMON")):
+        set_up(site, peer=f"keys/{peer}.peer.yaml")
+        with TestClient(Dashboard(load_place(site.folder / "dashboard.yaml")).app) as client:
+            log_in(client)
+            with client.websocket_connect("/live", headers=OURS) as socket:
+                # The status comes over the control socket, which asks for no key: by then the results are heard, or not.
+                states = [told["state"] for _, (_, told) in zip(range(12), texts(socket), strict=False)]
+                assert states[-1] == state
+    assert "WRONG_ROLE" in site.log
+    assert site.stop() == 0
+
+
+# --- its own process
+
+
+def test_over_tls_it_serves_https_and_nothing_else(site):
+    certificate(site.folder)
+    config = set_up(site, tls={"certificate": "c.pem", "key": "k.pem"})
+    shown = Shown(site, config)
+    context = ssl.create_default_context(cafile=site.folder / "c.pem")
+    shown.start(context=context)
+    with urllib.request.urlopen(f"{shown.url}/login", timeout=5, context=context) as answer:
+        assert answer.headers["server"] is None
+    with pytest.raises(OSError, match=r".*"), urllib.request.urlopen(shown.url.replace("https", "http"), timeout=5):
+        pass
+    assert os.getpriority(os.PRIO_PROCESS, shown.process.pid) >= 10  # the line comes first
+    assert shown.stop() == 0
+
+
+def certificate(folder):
+    """c.pem and k.pem for 127.0.0.1, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "dashboard")])
+    now = datetime.now(timezone.utc)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
+    built = built.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+    (folder / "c.pem").write_bytes(built.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "k.pem").write_bytes(secret)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tls": {"certificate": "none.pem", "key": "none.pem"}}, "none.pem cannot be used"),
+        ({"users": "nobody.yaml"}, "nobody may log in yet; inspectd dashboard-user NAME --role operator"),
+        ({"daemon": "none.yaml"}, "none.yaml: cannot be read"),
+        ({"bind": "192.0.2.1:8080", "insecure": True}, "cannot be bound"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_told_and_ends_with_78(site, changes, told):
+    done = site.run_command("dashboard", "--config", str(set_up(site, **changes)))
+    assert done.returncode == 78, done.stderr
+    assert told in done.stderr
 
 
 # --- its own files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -18,6 +19,7 @@ from daemon.line.notify import notify
 log = logging.getLogger("inspectd.dashboard")
 
 _STOP_S = 3
+_NICE = 10  # the line comes first, also where no unit says so
 _MOST_CONNECTIONS = 128
 
 
@@ -57,6 +59,8 @@ def serve(app: Any, place: Place) -> None:
         ssl_keyfile=tls.key if tls else None,
     )
     log.info("serving %s://%s line=%s", "https" if tls else "http", settings.bind, place.config.line)
+    if os.getpriority(os.PRIO_PROCESS, 0) < _NICE:  # the unit has done it
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     # uvicorn stops at either and then raises it again, for whoever waits for it: here that is nobody, and 0 is the end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
