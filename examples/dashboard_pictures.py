@@ -101,7 +101,6 @@ def main() -> None:
             page.goto(shown.url)
             page.get_by_label("Name").fill("olga")
             page.get_by_label("Password").fill(PASSWORD)
-            keep(page, "login")
             page.get_by_role("button", name="Log in").click()
             page.locator("[data-camera]").first.wait_for()
             for number in range(ROUNDS):
