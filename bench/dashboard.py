@@ -158,7 +158,8 @@ def watched(shown: Shown) -> Iterator[Callable[[], dict[str, Any]]]:
         stack.callback(client.terminate)
         assert client.stdout is not None
         client.stdout.readline()  # it has heard the first state
-        yield dict
+        share = processor_share(shown)
+        yield lambda: {"dashboardShare": share()}
 
 
 def take_pictures(url: str) -> None:
@@ -194,9 +195,10 @@ def in_browser(shown: Shown) -> Iterator[Callable[[], dict[str, Any]]]:
         page.get_by_role("button", name="Log in").click()
         page.locator("[data-camera]").first.wait_for()
         page.evaluate(_SEEN)
-        began_ns = time.time_ns()
+        began_ns, share = time.time_ns(), processor_share(shown)
 
         def tell() -> dict[str, Any]:
+            used = share()
             time.sleep(1.5)  # what was judged last has a second to be seen
             decided_ms = {
                 record["partId"]: record["ns"] / 1e6
@@ -208,9 +210,22 @@ def in_browser(shown: Shown) -> Iterator[Callable[[], dict[str, Any]]]:
                 f"{name}Ms": sorted(at - decided_ms[part] for part, at in times.items() if part in decided_ms)
                 for name, times in seen.items()
             }
-            return {**delays, "rejects": len(decided_ms)}
+            return {**delays, "rejects": len(decided_ms), "dashboardShare": used}
 
         yield tell
+
+
+def processor_share(shown: Shown) -> Callable[[], float]:
+    """A function that gives the share of one core that the dashboard's process has used since now."""
+    assert shown.process is not None
+    stat = Path(f"/proc/{shown.process.pid}/stat")
+
+    def used_s() -> float:
+        fields = stat.read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    began_s, before_s = time.monotonic(), used_s()
+    return lambda: (used_s() - before_s) / (time.monotonic() - began_s)
 
 
 def lowly_chromium(folder: Path) -> str:
@@ -235,6 +250,9 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "p99Ms": p99,
         "p99Ratio": {arm: p99[arm] / p99["without"] for arm in found if arm != "without"},
         "screen": screen,
+        "dashboardShare": {
+            arm: [each["dashboardShare"] for each in told] for arm, told in found.items() if arm != "without"
+        },
         "sustained": {arm: [each["sustained"] for each in told] for arm, told in found.items()},
     }
 
