@@ -54,10 +54,12 @@ const app = { session: known, live: new Live(), showPart }
 text(document.getElementById("line"), known.line)
 text(document.getElementById("user"), `${known.user} (${known.role})`)
 document.getElementById("views").append(...Object.entries(VIEWS).map(([name, view]) => h("a", { href: `#/${name}` }, view.title)))
-document.getElementById("logout").addEventListener("click", async () => {
+const logout = document.getElementById("logout")
+logout.addEventListener("click", async () => {
   await change("logout")
   location.replace("/login")
 })
+logout.hidden = false // not before it does something
 app.live.addEventListener("state", showState)
 app.live.open()
 window.addEventListener("hashchange", () => {
