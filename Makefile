@@ -4,11 +4,11 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test test-browser test-faults check format bench accuracy limits soak swaps restarts fuzz clean install install-venv install-files uninstall own-folder
+.PHONY: demo test test-browser test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt daemon/inspection/backend/kernels/nearest_cpu.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,dashboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dashboard,dev]'
 	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they
 	# depend on they would be it. Its generator left five lines that are no Python: docs/decisions.md.
 	rm -rf .venv/stubs
@@ -59,6 +59,9 @@ swaps: .venv/.installed  ## 200 engine swaps under load; some 5 minutes
 restarts: .venv/.installed  ## 20 rounds of kill -9 under 100 frames a second; some 2 minutes
 	$(BIN)/python -m bench.restarts
 
+plc: .venv/.installed  ## 2,000 parts into a PLC three ways while daemon, bridge and PLC are killed; some 6 minutes
+	$(BIN)/python -m bench.plc
+
 RUNS ?= 1000000
 JOBS ?= 2
 fuzz: .venv/.installed  ## make fuzz RUNS=1000000; every parser under atheris, bench/results/fuzz.json; hours
@@ -104,12 +107,13 @@ endif
 install-files: own-folder
 	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
 	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
+	for name in inspectd.service inspectd-plc@.service inspectd-dashboard.service; do \
+		$(TO_PREFIX) systemd/$$name | install -m 0644 /dev/stdin $(UNITS)/$$name || exit; done
 	for name in nvidia jetson; do \
 		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
-	for page in install dashboard; do \
-		$(TO_PREFIX) docs/$$page.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$page.md || exit; done
+	for name in install plc dashboard; do \
+		$(TO_PREFIX) docs/$$name.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$name.md || exit; done
 	for name in inspectd inspectd-dashboard; do \
-		$(TO_PREFIX) systemd/$$name.service | install -m 0644 /dev/stdin $(UNITS)/$$name.service || exit; \
 		install -m 0644 systemd/$$name.sysusers $(DESTDIR)/usr/lib/sysusers.d/$$name.conf || exit; \
 		install -m 0644 systemd/$$name.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
 	test -d $(STATE) || install -d -m 0750 $(STATE)
@@ -122,8 +126,9 @@ uninstall: own-folder  ## leaves the account, /var/lib/inspectd and what you put
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service inspectd-dashboard.service; fi
 endif
+	rm -f $(UNITS)/inspectd.service $(UNITS)/inspectd-plc@.service $(UNITS)/inspectd-dashboard.service
 	for name in inspectd inspectd-dashboard; do \
-		rm -f $(UNITS)/$$name.service $(DESTDIR)/usr/lib/sysusers.d/$$name.conf $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
+		rm -f $(DESTDIR)/usr/lib/sysusers.d/$$name.conf $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
 	rm -rf $(HOUSE)
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi

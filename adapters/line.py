@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +16,13 @@ from uuid import uuid4
 
 import zmq
 
+from adapters.bridge import Bridge, pump_sockets
 from daemon.errors import InspectError
 from daemon.keys import PeerFile
 from daemon.line.permit import Lease
 from daemon.line.sockets import connect
-from daemon.line.wire import decode_header, encode_frame, encode_header
+from daemon.line.wire import decode_header, encode_frame
 from daemon.types import Header, RawFrame
-
-_PING_MS = 50
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,26 @@ class Line:
         self.foreign: list[Header] = []  # verdicts on parts that were never sent (the MISSING among them)
         self.state: str | None = None
         self.run: str | None = None
-        self.lease = Lease(lease_ms)
         self._addresses, self._keys, self._lease_ms = addresses, keys, lease_ms
         self._context: zmq.Context[Any] = zmq.Context()
         self._frames = connect(self._context, zmq.DEALER, addresses.frames, keys)
         self._results = connect(self._context, zmq.SUB, addresses.results, keys)
-        self._permits = connect(self._context, zmq.DEALER, addresses.permits, keys, immediate=True)
+        self._bridge = Bridge(
+            self._context, addresses.permits, keys, self.line, lease=Lease(lease_ms), hear=self._take_permit
+        )
         for kind in ("result", "late", "health"):
             self._results.subscribe(f"{kind}/{self.line}")
         self._poller = zmq.Poller()
-        for socket in (self._frames, self._results, self._permits):
+        for socket in (self._frames, self._results, self._bridge.socket):
             self._poller.register(socket, zmq.POLLIN)
-        self._next_ping_ns = 0
-        self._nonces = 0
+
+    @property
+    def lease(self) -> Lease:
+        return self._bridge.lease
+
+    @lease.setter
+    def lease(self, lease: Lease) -> None:
+        self._bridge.lease = lease
 
     def wait_ready(self, timeout_s: float) -> None:
         """Until the bridge's lease is fresh and results are heard. Raises InspectError with what is lacking."""
@@ -110,53 +116,35 @@ class Line:
 
     def pump(self, timeout_ms: float) -> None:
         """Ping when it is time, and take in whatever arrives within `timeout_ms` (and up to 1 ms more)."""
-        pump_sockets(self._poller, timeout_ms, self._ping, self._take_all)
+        pump_sockets(self._poller, timeout_ms, self._bridge.ping, self._take_all)
 
     def reopen_camera(self, epoch: str | None = None) -> None:
         """The camera's cable is pulled and put in again: what had not left is lost, and so are answers under way.
 
         With `epoch` it has started anew: the parts of before are the caller's to take, and none are known any more.
         """
-        self._frames = self._reopened(self._frames, self._addresses.frames, immediate=False)
+        self._poller.unregister(self._frames)
+        self._frames.close(linger=0)
+        self._frames = connect(self._context, zmq.DEALER, self._addresses.frames, self._keys)
+        self._poller.register(self._frames, zmq.POLLIN)
         if epoch is not None:
             self.epoch, self.parts = epoch, {}
 
     def reopen_bridge(self) -> None:
         """The bridge goes away and comes back knowing nothing: it must say HELLO again."""
-        self._permits = self._reopened(self._permits, self._addresses.permits, immediate=True)
-        self.lease = Lease(self._lease_ms)
-
-    def _reopened(self, socket: zmq.Socket[bytes], address: str, *, immediate: bool) -> zmq.Socket[bytes]:
-        self._poller.unregister(socket)
-        socket.close(linger=0)
-        again: zmq.Socket[bytes] = connect(self._context, zmq.DEALER, address, self._keys, immediate=immediate)
-        self._poller.register(again, zmq.POLLIN)
-        return again
+        self._poller.unregister(self._bridge.socket)
+        self._bridge.reconnect(Lease(self._lease_ms))
+        self._poller.register(self._bridge.socket, zmq.POLLIN)
 
     def close(self) -> None:
-        for socket in (self._frames, self._results, self._permits):
+        for socket in (self._frames, self._results, self._bridge.socket):
             socket.close(linger=200)
         self._context.term()
 
-    def _ping(self, now_ns: int) -> int:
-        """If it is time; returns when it is again."""
-        if now_ns < self._next_ping_ns:
-            return self._next_ping_ns
-        self._next_ping_ns = now_ns + _PING_MS * 1_000_000
-        self._nonces += 1
-        nonce = f"{self.epoch}-{self._nonces}"
-        hello = self.lease.needs_hello(now_ns)
-        header = self.lease.hello(nonce, now_ns) if hello else self.lease.ping(nonce, now_ns)
-        self._send_permit(header)
-        return self._next_ping_ns
-
-    def _send_permit(self, header: Header) -> None:
-        try:
-            self._permits.send_multipart([f"permit/{self.line}".encode(), encode_header(header)], zmq.NOBLOCK)
-        except zmq.Again:
-            return  # nobody there: the lease runs out, as it should
-
     def _take_all(self, socket: zmq.Socket[bytes]) -> None:
+        if socket is self._bridge.socket:
+            self._bridge.take()
+            return
         while True:
             try:
                 parts = socket.recv_multipart(zmq.NOBLOCK)
@@ -165,8 +153,6 @@ class Line:
             header = decode_header(parts[1])
             if socket is self._frames:
                 self._take_answer(header)
-            elif socket is self._permits:
-                self._take_permit(header)
             else:
                 self._take_result(parts[0].partition(b"/")[0], header)
 
@@ -188,31 +174,13 @@ class Line:
             part.results.append(header)
             part.decided_ns = part.decided_ns or time.monotonic_ns()
 
-    def _take_permit(self, header: Header) -> None:
-        now_ns = time.monotonic_ns()
-        acknowledgement = self.lease.receive(header, now_ns)
-        if acknowledgement is not None:
-            self._send_permit(acknowledgement)
-        if header.get("type") != "VERDICT" or header["camera"] != self.camera or header["epoch"] != self.epoch:
+    def _take_permit(self, header: Header, now_ns: int) -> None:
+        if header["camera"] != self.camera or header["epoch"] != self.epoch:
             return
         part = self.parts.get(header["seq"])
         if part is not None:
             part.permits.append(header)
             part.believed |= self.lease.may_pass(self.camera, self.epoch, part.seq, now_ns)
-
-
-def pump_sockets(
-    poller: zmq.Poller, timeout_ms: float, ping: Callable[[int], int], take: Callable[[Any], object]
-) -> None:
-    """`take` what arrives within `timeout_ms` and up to 1 ms more; `ping` does what is due and says when again (ns)."""
-    until_ns = time.monotonic_ns() + int(timeout_ms * 1e6)
-    while True:
-        now_ns = time.monotonic_ns()
-        wait_ns = min(until_ns, ping(now_ns)) - now_ns
-        for socket, _ in poller.poll(max(0, -(-wait_ns // 1_000_000))):
-            take(socket)
-        if time.monotonic_ns() >= until_ns:
-            return
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from bench.record import RESULTS, ROOT, origin, write_result
 from bench.streams import Part, figures, flood, highest_sustained, listening, stream
 from daemon.bundle import BANK, Preprocessing
 from daemon.inspection.backend import nearest
+from daemon.inspection.backend.pruned import PrunedRows, load_library
 from daemon.line.sockets import connect
 from daemon.line.wire import encode_frame
 from daemon.types import FloatArray
@@ -57,7 +58,7 @@ _SIDES = (128, 192, 256, 384, 512)
 _SIDE = 256
 _GOOD, _TESTED = 60, 8
 # Of the frame's score, its largest distance; one product in bf16 is here to be compared with, as bad as it is.
-_WORST_EXCESS = {"f32": 1e-5, "bf16": 0.03, "bf16, one product": np.inf}
+_WORST_EXCESS = {"f32": 1e-5, "f32, pruned": 1e-5, "bf16": 0.03, "bf16, one product": np.inf}
 _PLOT = ROOT / "docs" / "scale.svg"
 _CAMERAS = (1, 2, 4, 8, 16)
 _DEADLINE_MS = 250
@@ -109,7 +110,9 @@ def time_search(core: FloatArray, queries: list[FloatArray], rounds: int, thread
     bank = {"core": core, "bias": (-0.5 * np.square(core, dtype=np.float64).sum(1)).astype(np.float32)}
     source = ov.Tensor(queries[0].copy(), shared_memory=True)
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    forms: dict[str, nearest.NearestRows | OneProduct] = {}
+    forms: dict[str, nearest.NearestRows | PrunedRows | OneProduct] = {}
+    if library := load_library():
+        forms["f32, pruned"] = PrunedRows(library, bank, source, threads)
     forms["f32"] = nearest.NearestRows(bank, source, {**options, "INFERENCE_PRECISION_HINT": "f32"})
     if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         forms["bf16, one product"] = OneProduct(bank, source, {**options, "INFERENCE_PRECISION_HINT": "bf16"})

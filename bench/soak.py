@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -70,11 +71,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Sample:
-    """The daemon as /proc shows it, `at_s` after the start."""
+    """The daemon as /proc shows it, `at_s` after the start; and what of the machine others have had since it booted."""
 
     at_s: float
     resident_mb: float
     open_files: int
+    stolen_s: float = 0.0  # of all cores, where this is a virtual machine
 
 
 class CameraRun:
@@ -287,7 +289,9 @@ def sample(site: Site, start_ns: int) -> Sample:
     proc = Path(f"/proc/{site.process.pid}")
     pages = int((proc / "statm").read_text().split()[1])
     resident_mb = round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 2)
-    return Sample((time.monotonic_ns() - start_ns) / 1e9, resident_mb, len(list((proc / "fd").iterdir())))
+    at_s, files = (time.monotonic_ns() - start_ns) / 1e9, len(list((proc / "fd").iterdir()))
+    stolen = int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8])
+    return Sample(at_s, resident_mb, files, stolen / os.sysconf("SC_CLK_TCK"))
 
 
 def what_the_log_says(site: Site) -> list[str]:
@@ -350,11 +354,20 @@ def report(
         "p50Ms": percentile(everything, 50),
         "p99Ms": percentile(everything, 99),
         "p99ByMinute": [percentile(by_minute.get(minute, []), 99) for minute in range(max(by_minute, default=-1) + 1)],
+        "stolenShareByMinute": stolen_by_minute(samples),
         "memorySlopeMbPerHour": slope,
         "memorySlopeNote": None if slope is not None else too_short(),
         **open_files(samples),
         "samples": [[round(s.at_s, 1), s.resident_mb, s.open_files] for s in samples],
     }
+
+
+def stolen_by_minute(samples: Sequence[Sample]) -> list[float]:
+    """The share of the machine's cores that its host gave to others: what is late then, the daemon could not help."""
+    cores = os.cpu_count() or 1
+    marks = [next((s for s in samples if s.at_s >= 60 * minute), samples[-1]) for minute in range(len(samples))]
+    pairs = [(one, other) for one, other in pairwise(marks) if other.at_s > one.at_s]
+    return [round((b.stolen_s - a.stolen_s) / (b.at_s - a.at_s) / cores, 3) for a, b in pairs]
 
 
 def percentile(values: list[float], percent: float) -> float | None:

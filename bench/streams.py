@@ -19,16 +19,13 @@ import click
 import numpy as np
 import zmq
 
-from adapters.line import pump_sockets
+from adapters.bridge import Bridge, pump_sockets
 from daemon.errors import InspectError
 from daemon.keys import PeerFile
-from daemon.line.permit import Lease
 from daemon.line.sockets import connect
-from daemon.line.wire import decode_header, encode_header
-from daemon.types import Header
+from daemon.line.wire import decode_header
 from tests.daemons import Site
 
-_PING_NS = 50_000_000
 _SETTLE_S = 10.0
 _KEPT_PACE = 0.98
 _FINER, _LEAST_RATE = 0.9, 1.0
@@ -42,21 +39,20 @@ class Listener:
 
     def __init__(self, site: Site, keys: PeerFile | None) -> None:
         self.verdicts: dict[Part, list[tuple[str, int]]] = {}  # (reason or PASS, when it arrived)
-        self._lease, self._nonces, self._next_ping_ns, self._state = Lease(), 0, 0, ""
+        self._state = ""
         self._context: zmq.Context[Any] = zmq.Context()
         self._results = connect(self._context, zmq.SUB, site.addresses.results, keys)
-        self._permits = connect(self._context, zmq.DEALER, site.addresses.permits, keys, immediate=True)
-        self._topic = f"permit/{site.config['line']}".encode()
+        self._bridge = Bridge(self._context, site.addresses.permits, keys, site.config["line"])
         for kind in ("result", "health"):
             self._results.subscribe(f"{kind}/{site.config['line']}")
         self._poller = zmq.Poller()
         self._poller.register(self._results, zmq.POLLIN)
-        self._poller.register(self._permits, zmq.POLLIN)
+        self._poller.register(self._bridge.socket, zmq.POLLIN)
         self.also: dict[Any, Callable[[], object]] = {}
 
     def wait_ready(self) -> None:
         until = time.monotonic() + 30
-        while not (self._state == "RUNNING" and self._lease.is_fresh(time.monotonic_ns())):
+        while not (self._state == "RUNNING" and self._bridge.lease.is_fresh(time.monotonic_ns())):
             self.pump(20)
             if time.monotonic() > until:
                 raise InspectError("no ready daemon within 30 s; its log.txt says why")
@@ -67,32 +63,15 @@ class Listener:
 
     def pump(self, timeout_ms: float) -> None:
         """Take in what arrives within `timeout_ms`, and up to 1 ms more."""
-        pump_sockets(self._poller, timeout_ms, self._ping, self._take)
+        pump_sockets(self._poller, timeout_ms, self._bridge.ping, self._take)
 
     def _take(self, socket: Any) -> None:
         if socket in self.also:
             self.also[socket]()
+        elif socket is self._bridge.socket:
+            self._bridge.take()
         else:
-            _take_all(socket, self._hear_result if socket is self._results else self._hear_permit)
-
-    def _ping(self, now_ns: int) -> int:
-        if now_ns >= self._next_ping_ns:
-            self._next_ping_ns = now_ns + _PING_NS
-            self._nonces += 1
-            say = self._lease.hello if self._lease.needs_hello(now_ns) else self._lease.ping
-            self._send(say(str(self._nonces), now_ns))
-        return self._next_ping_ns
-
-    def _send(self, header: Header) -> None:
-        try:
-            self._permits.send_multipart([self._topic, encode_header(header)], zmq.NOBLOCK)
-        except zmq.Again:
-            return  # not connected yet
-
-    def _hear_permit(self, parts: list[bytes]) -> None:
-        acknowledgement = self._lease.receive(decode_header(parts[1]), time.monotonic_ns())
-        if acknowledgement is not None:
-            self._send(acknowledgement)
+            _take_all(socket, self._hear_result)
 
     def _hear_result(self, parts: list[bytes]) -> None:
         header = decode_header(parts[1])

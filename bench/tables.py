@@ -330,6 +330,21 @@ def _by(size: list[int]) -> str:
     return "x".join(map(str, size))
 
 
+def plc_table() -> str:
+    """Parts into a PLC while everything is killed, from plc.json."""
+    found = _found("plc.json")
+    if not found:
+        return "Not run yet: `python -m bench.plc`."
+    lines = ["| way | parts | killed | passed by the daemon | passed by the PLC | wrong passes |", "|---" * 6 + "|"]
+    for name, run in found["runs"].items():
+        killed = ", ".join(f"{who} {count}" for who, count in sorted(run["kills"].items()))
+        cells = (name, run["parts"], killed, run["passedByDaemon"], run["passedByPlc"], run["problemsFound"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    oldest_ms = max(run["oldestPassMs"] for run in found["runs"].values())
+    pace = f"{found['framesPerS']:g} parts a second; the oldest PASS was taken {oldest_ms:.0f} ms after its verdict."
+    return "\n".join([*lines, "", pace])
+
+
 @click.command()
 @click.option("--check", is_flag=True)
 def main(check: bool) -> None:  # noqa: FBT001 - click
@@ -345,6 +360,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/performance.md", "int8"): int8_table(),
         ("docs/performance.md", "cameras"): cameras_table(),
         ("docs/performance.md", "large"): large_table(),
+        ("docs/plc.md", "plc"): plc_table(),
         ("docs/reliability.md", "runs"): reliability_table(),
     }
     stale = []

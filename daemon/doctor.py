@@ -122,15 +122,26 @@ def _guarded(check: Callable[[Config], Iterator[Finding]], config: Config) -> li
         return [Finding("FAIL", str(error))]
 
 
+def available_memory_gb() -> float:
+    """What programs could still have: the free pages, and those of the page cache that would be given up."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(told["MemAvailable"].split()[0]) * 1024 / 1e9
+
+
 def _machine() -> Iterator[Finding]:
     import openvino as ov
+
+    from daemon.inspection.backend.pruned import load_library
 
     core = ov.Core()
     name = core.get_property("CPU", "FULL_DEVICE_NAME")
     bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     cores = len(os.sched_getaffinity(0))
     yield Finding("ok" if cores > 1 else "WARN", f"processor: {name}, {cores} core(s), bf16 {'yes' if bf16 else 'no'}")
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 1e9
+    compiled = load_library() is not None
+    advice = "yes" if compiled else "no, OpenVINO searches, slower: install a C compiler, then inspectd again"
+    yield Finding("ok" if compiled else "WARN", f"compiled search: {advice}")
+    memory_gb = available_memory_gb()
     enough = memory_gb >= _MEMORY_NEEDED_GB
     yield Finding("ok" if enough else "WARN", f"memory: {memory_gb:.1f} GB free, wanted {_MEMORY_NEEDED_GB:.0f}")
     good = zmq.zmq_version_info() >= (4, 3, 5) and zmq.has("curve")

@@ -16,7 +16,7 @@ from daemon.errors import ConfigError
 from daemon.keys import load_keyring, load_peer_file, make_peer, make_server_key
 from daemon.service import _DRAIN_S
 from tests.bundles import bad_pixels, raw_frame
-from tests.daemons import ROOT, make_site
+from tests.daemons import ROOT, free_port, make_site
 from tests.unit_filter import allowed_calls, settings
 
 UNIT = ROOT / "systemd/inspectd.service"
@@ -76,6 +76,43 @@ def test_the_unit_exposes_little(placed, variant, most):
     assert exposure(unit) <= most
     # The drop-in was read: with it, devices can be seen.
     assert ("✗ PrivateDevices=" in told_of(unit)) == bool(variant)
+
+
+SIDES = {"inspectd-plc@.service": "inspectd-plc@modbus.service"}  # the processes beside the daemon, as started
+
+
+@pytest.mark.parametrize(("template", "name"), SIDES.items())
+def test_the_units_beside_it_expose_as_little(tmp_path, template, name):
+    unit = tmp_path / name
+    unit.write_text((UNIT.parent / template).read_text().replace("/opt/inspectd/bin/inspectd", shutil.which("true")))
+    done = run("systemd-analyze", "verify", "--man=no", unit)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (level,) = re.findall(r"Overall exposure level for \S+: (\d+\.\d+)", told_of(unit))
+    assert float(level) <= 2.0
+
+
+def test_the_plc_bridge_serves_under_its_units_rules(tmp_path):
+    site = make_site(tmp_path / "site")
+    site.write_config()
+    at = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, ROOT / "tests/unit_filter.py", UNIT.parent / "inspectd-plc@.service"]
+    command += [
+        *site.program,
+        "plc",
+        "modbus",
+        "--config",
+        "config.yaml",
+        "--peer",
+        "keys/line.peer.yaml",
+        "--serve",
+        at,
+    ]
+    with subprocess.Popen(
+        list(map(str, command)), cwd=site.folder, env=site.variables(), stderr=subprocess.PIPE, text=True
+    ) as bridge:
+        assert "plc server listens" in next(line for line in bridge.stderr if "listens" in line or "Error" in line)
+        bridge.terminate()
+        assert bridge.wait(20) == 0
 
 
 def test_the_unit_keeps_what_the_promises_rest_on():
@@ -291,7 +328,7 @@ def test_the_account_has_no_shell_and_lives_where_the_service_does(tmp_path, ins
 
 def test_installed_files_are_readable_by_the_service_and_writable_by_root_alone(installed):
     files = [path for path in installed.rglob("*") if path.is_file()]
-    assert len(files) == 12
+    assert len(files) == 14
     assert {mode(path) for path in files} == {0o644}
     folders = {path for path in installed.rglob("*") if path.is_dir()}
     shown = installed / "var/lib/inspectd-dashboard"

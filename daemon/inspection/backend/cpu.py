@@ -1,7 +1,7 @@
-"""The CPU backend: OpenVINO for the networks and the search, OpenCV and NumPy for the rest.
+"""The CPU backend: OpenVINO for the networks, our own C for the search, OpenCV and NumPy for the rest.
 
-Precision bf16 is that of the search alone (nearest.py): a network in bf16 shifts every feature and does not reproduce
-the golden frames (docs/decisions.md).
+The search is pruned.py's where that was compiled, else nearest.py's by OpenVINO. Precision bf16 is that of the latter
+alone: a network in bf16 shifts every feature and does not reproduce the golden frames (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import openvino as ov
 from daemon.bundle import NETWORKS, Bundle, Preprocessing
 from daemon.errors import DeviceError
 from daemon.inspection.backend.nearest import NearestRows, Rows
+from daemon.inspection.backend.pruned import PrunedRows, load_library
 from daemon.inspection.backend.resize import Resizer
 from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
 from daemon.inspection.decode import to_plain
@@ -102,7 +103,9 @@ class CpuBackend:
         return AnomalyMap(smoothed, frame_hw, float(smoothed.max()))
 
     def close(self) -> None:
-        del self._network, self._search
+        del self._network
+        if self._search is not None:
+            self._search.close()
 
 
 def normalise(
@@ -130,7 +133,7 @@ def normalise(
 
 def _compile(
     bundle: Bundle, bank: dict[str, FloatArray] | None, precision: str, threads: int
-) -> tuple[Any, NearestRows | None]:
+) -> tuple[Any, NearestRows | PrunedRows | None]:
     """A request of the networks (f32), and the search in the bank, if any. Raises DeviceError, BundleError."""
     core = ov.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -141,7 +144,11 @@ def _compile(
         network = core.compile_model(model, "CPU", _options("f32", threads)).create_infer_request()
         if bank is None:
             return network, None
-        return network, NearestRows(bank, network.get_output_tensor(0), _options(precision, threads))
+        features = network.get_output_tensor(0)
+        library = load_library() if precision == "f32" else None
+        if library is not None:
+            return network, PrunedRows(library, bank, features, threads)
+        return network, NearestRows(bank, features, _options(precision, threads))
     except RuntimeError as error:
         raise DeviceError(f"OpenVINO cannot prepare this engine: {error}") from error
 

@@ -1,4 +1,6 @@
-"""The CPU's search: for each patch the nearest row of the memory bank, by squared L2.
+"""The CPU's search by OpenVINO: for each patch the nearest row of the memory bank, by squared L2.
+
+It is that of precision bf16, and of f32 where pruned.py's was not compiled.
 
 One OpenVINO graph maximises q.m - |m|^2 / 2, so that the score matrix (P M) never leaves it. The distance is then
 taken again in float32 from the two vectors themselves: no cancellation and no low precision enters a score.
@@ -65,6 +67,9 @@ class NearestRows:
             closer = other_sq < distance_sq
             rows, distance_sq = np.where(closer, others, rows), np.where(closer, other_sq, distance_sq)
         return rows, distance_sq
+
+    def close(self) -> None:
+        del self._request
 
     def _widen_query(self, centre: FloatArray) -> None:
         """[q - centre, 1 1 1, the pieces of -|q - centre|^2 / 2], as _widen_bank's rows want it."""
