@@ -4,11 +4,11 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
+.PHONY: demo test test-browser test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt daemon/inspection/backend/kernels/nearest_cpu.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dashboard,dev]'
 	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they
 	# depend on they would be it. Its generator left five lines that are no Python: docs/decisions.md.
 	rm -rf .venv/stubs
@@ -21,6 +21,9 @@ demo: .venv/.installed  ## keys, an engine from 300 solar cells, the daemon, 400
 
 test: .venv/.installed  ## everything that CI tests
 	$(BIN)/python -m pytest
+
+test-browser: .venv/.installed  ## the dashboard in a real Chromium (Debian: chromium); part of make test
+	$(BIN)/python -m pytest tests/browser
 
 test-faults: .venv/.installed  ## what breaks a running daemon on purpose; part of make test
 	$(BIN)/python -m pytest tests/faults
@@ -77,6 +80,7 @@ VENV_OPTIONS ?=
 HOUSE = $(DESTDIR)$(PREFIX)
 UNITS = $(DESTDIR)/usr/lib/systemd/system
 STATE = $(DESTDIR)/var/lib/inspectd
+SHOWN = $(DESTDIR)/var/lib/inspectd-dashboard
 TO_PREFIX = sed 's|/opt/inspectd|$(PREFIX)|g'
 
 own-folder:
@@ -85,8 +89,8 @@ own-folder:
 
 install: install-venv install-files  ## in /opt/inspectd, with an account of its own; starts nothing
 ifeq ($(DESTDIR),)
-	systemd-sysusers /usr/lib/sysusers.d/inspectd.conf
-	systemd-tmpfiles --create /usr/lib/tmpfiles.d/inspectd.conf
+	systemd-sysusers /usr/lib/sysusers.d/inspectd.conf /usr/lib/sysusers.d/inspectd-dashboard.conf
+	systemd-tmpfiles --create /usr/lib/tmpfiles.d/inspectd.conf /usr/lib/tmpfiles.d/inspectd-dashboard.conf
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 endif
 
@@ -103,22 +107,28 @@ endif
 install-files: own-folder
 	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
 	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
-	for name in inspectd.service inspectd-plc@.service; do \
+	for name in inspectd.service inspectd-plc@.service inspectd-dashboard.service; do \
 		$(TO_PREFIX) systemd/$$name | install -m 0644 /dev/stdin $(UNITS)/$$name || exit; done
 	for name in nvidia jetson; do \
 		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
-	for name in install plc; do \
+	for name in install plc dashboard; do \
 		$(TO_PREFIX) docs/$$name.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$name.md || exit; done
-	install -m 0644 systemd/inspectd.sysusers $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf
-	install -m 0644 systemd/inspectd.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
+	for name in inspectd inspectd-dashboard; do \
+		install -m 0644 systemd/$$name.sysusers $(DESTDIR)/usr/lib/sysusers.d/$$name.conf || exit; \
+		install -m 0644 systemd/$$name.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
 	test -d $(STATE) || install -d -m 0750 $(STATE)
 	test -e $(STATE)/config.yaml || install -m 0644 config.yaml $(STATE)/config.yaml
+	test -d $(SHOWN) || install -d -m 0700 $(SHOWN)
+	test -e $(SHOWN)/dashboard.yaml || sed -e 's|^daemon: config.yaml   |daemon: /var/lib/inspectd/config.yaml|' \
+		-e 's|keys/dashboard.peer.yaml|dashboard.peer.yaml     |' dashboard.yaml | install -m 0644 /dev/stdin $(SHOWN)/dashboard.yaml
 
 uninstall: own-folder  ## leaves the account, /var/lib/inspectd and what you put into /etc
 ifeq ($(DESTDIR),)
-	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service; fi
+	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service inspectd-dashboard.service; fi
 endif
-	rm -f $(UNITS)/inspectd.service $(UNITS)/inspectd-plc@.service $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
+	rm -f $(UNITS)/inspectd.service $(UNITS)/inspectd-plc@.service $(UNITS)/inspectd-dashboard.service
+	for name in inspectd inspectd-dashboard; do \
+		rm -f $(DESTDIR)/usr/lib/sysusers.d/$$name.conf $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
 	rm -rf $(HOUSE)
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi

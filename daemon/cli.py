@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from getpass import getuser
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def _control(command: str, text: str) -> click.Command:
     def ask_daemon(config_path: Path) -> None:
         from daemon.line.control import ask
 
-        print(json.dumps(ask(load_config(config_path).control.bind, command), indent=1))
+        print(json.dumps(ask(load_config(config_path).control.bind, command, user=_who()), indent=1))
 
     return ask_daemon
 
@@ -234,7 +235,15 @@ def _swap(config: Config, command: str, wait_s: float, **fields: str | int | Non
         ask(address, "status")  # nobody should wait ten minutes for a daemon that is not there
     except NoAnswerError as error:
         raise NoAnswerError(f"{error} Where none should run: --offline, and the next start takes the engine") from error
-    print(json.dumps(ask(address, command, round(1000 * wait_s), **fields), indent=1))
+    print(json.dumps(ask(address, command, round(1000 * wait_s), user=_who(), **fields), indent=1))
+
+
+def _who() -> str | None:
+    """Whose hands these are, for the books: the account before sudo; nobody's where it has no name."""
+    try:
+        return os.environ.get("SUDO_USER") or getuser()
+    except (KeyError, OSError):
+        return None
 
 
 def _activate_offline(config: Config, name: str, version: str) -> None:

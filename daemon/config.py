@@ -74,6 +74,7 @@ class Results(Endpoint):
     mask: bool = True
     heatmap: bool = False
     frame_on_reject: bool = True
+    frame_every_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
 
 
 class Permits(Endpoint):

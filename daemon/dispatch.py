@@ -20,7 +20,7 @@ from daemon.errors import FrameError
 from daemon.inspection.decode import lossless
 from daemon.inspection.engine import Done, Engine, Job
 from daemon.line.parts import Entry, Gap, PartBook
-from daemon.line.wire import FramePart, encode_result, missing_verdict
+from daemon.line.wire import FramePart, encode_result, missing_verdict, verdict_fields
 from daemon.record.journal import Journal
 from daemon.record.metrics import Metrics
 from daemon.record.recorder import Recorder, Reject
@@ -316,14 +316,11 @@ class Dispatcher:
         recorder = self._records.recorder
         if recorder is None or frame is None or verdict.reason is None or verdict.reason in _NOT_RECORDED:
             return
-        facts = {
-            "outcome": verdict.outcome.value,
-            "reason": verdict.reason,
-            "score": verdict.score,
-            "limit": verdict.limit,
-        }
+        facts = verdict_fields(verdict)
+        kept = {key: facts[key] for key in ("outcome", "reason", "score", "limit", "regions")}
+        pictures = {name: data for name, data in (verdict.pictures or {}).items() if name != "frame"}
         encode: Callable[[], tuple[str, bytes]] = lambda: lossless(frame)  # noqa: E731
-        recorder.submit(Reject({**header, **facts}, frame.payload.nbytes, encode))
+        recorder.submit(Reject({**header, **kept}, frame.payload.nbytes, encode, pictures))
 
 
 def _cost(frame: RawFrame) -> int:

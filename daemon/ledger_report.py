@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from datetime import datetime, timezone
 from pathlib import Path
 
 from daemon.errors import DataError
@@ -31,6 +32,10 @@ def print_summary(folder: Path, last: int) -> int:
         number = f"{row['seq']}" if row["seq"] == row["seq_to"] else f"{row['seq']}..{row['seq_to']}"
         verdict = f"{row['outcome']} {row['reason'] or ''} {score}"
         print(f"{row['camera']} {row['epoch']} {number} {row['part_id'] or '-'} {verdict}")
+    for event in ledger.events(last):
+        when = datetime.fromtimestamp(event["ns"] / 1e9, tz=timezone.utc).isoformat(timespec="seconds")
+        how = "" if event["ok"] else f" refused: {event['detail']}"
+        print(f"{when} {event['command']} {event['engine'] or ''} by {event['user'] or 'unknown'}{how}")
     return 0
 
 

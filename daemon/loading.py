@@ -43,9 +43,14 @@ def open_engine(config: Config, folder: Path) -> Pipeline:
     bundle = open_bundle(folder, load_trusted(config.security.keys / "trusted.yaml"))
     opened = open_backend(bundle, config.backend.kind, config.backend.precision, config.backend.threads)
     results = config.results
-    pictures = Pictures(mask=results.mask, heatmap=results.heatmap, frame_on_reject=results.frame_on_reject)
+    pictures = Pictures(
+        mask=results.mask,
+        heatmap=results.heatmap,
+        frame_on_reject=results.frame_on_reject,
+        frame_every_ms=results.frame_every_ms,
+    )
     pipeline = Pipeline(bundle, opened, pictures)
-    deviation = check_golden(pipeline)
+    deviation = pipeline.golden_deviation = check_golden(pipeline)
     engine = f"{bundle.manifest.name}/{bundle.manifest.version}"
     share = round(100 * deviation)
     log.info(
@@ -79,9 +84,16 @@ def describe(config: Config, engines: dict[str, Engine]) -> Header:
 
 
 def name_engines(engines: dict[str, Engine]) -> Header:
-    """Version and digest by product, for the status."""
-    bundles = {name: engine.pipeline.bundle for name, engine in engines.items()}
-    return {name: {"version": bundle.manifest.version, "digest": bundle.digest} for name, bundle in bundles.items()}
+    """Version, digest and how well the golden frames were reproduced, by product, for the status."""
+    pipelines = {name: engine.pipeline for name, engine in engines.items()}
+    return {
+        name: {
+            "version": pipeline.bundle.manifest.version,
+            "digest": pipeline.bundle.digest,
+            "goldenDeviation": pipeline.golden_deviation,
+        }
+        for name, pipeline in pipelines.items()
+    }
 
 
 def calm_the_interpreter() -> None:

@@ -1,7 +1,8 @@
 """What of a part goes into the journal, and the book that comes back from it. Two ends of one format.
 
 Record kinds: `run` (the whole state, first in each segment), `accept`, `verdict` (also of parts that never
-came: a gap, with seqTo for a range), `skip` (numbers that went by while nothing was inspected).
+came: a gap, with seqTo for a range), `skip` (numbers that went by while nothing was inspected), `event` (what a
+person changed, and who; of no part).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from time import time_ns
 
+from daemon.line.control import Request
 from daemon.line.parts import Entry, Gap, PartBook, Stream
 from daemon.record.journal import Record
-from daemon.types import Outcome, PartKey, Reason, Verdict
+from daemon.types import Header, Outcome, PartKey, Reason, Verdict
 
 
 def snapshot(book: PartBook, run: str) -> Record:
@@ -50,6 +52,13 @@ def verdict_record(entry: Entry, verdict: Verdict, now_ns: int) -> Record:
     }  # fmt: skip
 
 
+def event_record(request: Request, answer: Header) -> Record:
+    """A command that was obeyed or refused, and whose it was."""
+    engine = answer.get("engine") or request.engine
+    told = {"user": request.user, "command": request.command, "engine": engine}
+    return {"t": "event", "ns": time_ns(), **told, "ok": bool(answer["ok"]), "detail": answer.get("error")}
+
+
 def replay(records: list[Record]) -> PartBook:
     """The book as an earlier run left it, from the records since its last snapshot. Owners are not kept."""
     book = PartBook()
@@ -64,6 +73,8 @@ def replay(records: list[Record]) -> PartBook:
             )
             for camera, epoch, seq, part_id in record["pending"]:
                 book.open(Entry(PartKey(camera, epoch, seq), part_id, 0, 0))
+            continue
+        if kind == "event":
             continue
         key = PartKey(record["camera"], record["epoch"], record["seq"])
         if kind == "accept":

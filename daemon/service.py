@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -24,13 +23,14 @@ from daemon.dispatch import Dispatcher, Records
 from daemon.errors import UsageError, WireError
 from daemon.inspection.engine import DoneBox, Engine
 from daemon.keys import Keyring, load_keyring
-from daemon.line.control import Request, decode_request
+from daemon.line.control import Request
 from daemon.line.denials import Denials
 from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
 from daemon.line.ports import Ports, receive
 from daemon.line.wire import decode_header, encode_header
 from daemon.loading import calm_the_interpreter, describe, name_engines, open_engine, open_engines
+from daemon.orders import Orders
 from daemon.reception import Reception
 from daemon.record.journal import Journal, hold_alone, last_run
 from daemon.record.metrics import Metrics, serve_metrics
@@ -105,6 +105,7 @@ class Service:
         book = replay(last_run(config.ledger.dir))
         pending = list(book.in_flight)
         self._journal = journal = Journal(config.ledger.dir)
+        self._orders = Orders(self._ports.control, journal)
         recorder = Recorder(config.recorder.dir, int(config.recorder.keep_gb * 1e9)) if config.recorder else None
         dispatcher = Dispatcher(config, self.run_id, book, Records(journal, self._metrics, recorder), self)
         dispatcher.engines = engines
@@ -134,7 +135,7 @@ class Service:
             **ports.doors(),
             ports.results: self._serve_subscription,
             ports.permits: self._serve_permit,
-            ports.control: self._serve_control,
+            ports.control: partial(self._orders.serve, self._obey),
             **{socket: partial(self._reception.serve, socket) for socket in ports.inputs},
         }
         for served in (*serve, self._done.fileno()):
@@ -198,16 +199,6 @@ class Service:
             self._send_permits(self._desk.receive(message.identity, header, time.monotonic_ns()))
         return True
 
-    def _serve_control(self) -> bool:
-        parts = self._ports.control.recv_multipart(zmq.NOBLOCK)
-        try:
-            answer = self._obey(decode_request(parts[1:]), parts[0])
-        except (WireError, UsageError) as error:
-            answer = {"ok": False, "error": str(error)}
-        if answer is not None:
-            self._ports.control.send_multipart([parts[0], encode_header(answer)], zmq.NOBLOCK)
-        return True
-
     def _obey(self, request: Request, client: bytes) -> Header | None:
         """The answer, or None where the swapper will give it."""
         command = request.command
@@ -236,8 +227,7 @@ class Service:
             self._swapper.changed = False
             self._send_permits(self._desk.born_again(describe(self._config, self.dispatcher.engines)))
         for client, answer in self._swapper.answers():
-            with suppress(zmq.ZMQError):  # it has gone away
-                self._ports.control.send_multipart([client, encode_header(answer)], zmq.NOBLOCK)
+            self._orders.answer(client, answer)
 
     def _status(self) -> Header:
         return {
@@ -247,6 +237,7 @@ class Service:
             "cameras": list(self._config.cameras),
             "engines": name_engines(self.dispatcher.engines),
             "swap": self._swapper.status(),
+            "permits": self._desk.summary(time.monotonic_ns()),
             "inFlight": len(self.dispatcher.book.in_flight),
             "queueBytes": self.dispatcher.used_bytes,
             "journalFault": self._journal.fault,

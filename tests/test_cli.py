@@ -166,7 +166,7 @@ def test_daemon_that_does_not_answer_is_told(
     from daemon.line import control
 
     real = control.ask
-    monkeypatch.setattr(control, "ask", lambda address, word: real(address, word, 20))
+    monkeypatch.setattr(control, "ask", lambda address, word, **who: real(address, word, 20, **who))
     (site.folder / "run").mkdir(exist_ok=True)
     ended = inspectd(command, "--config", site.folder / "config.yaml")
     assert ended.code == 70

@@ -536,3 +536,9 @@ def test_part_whose_accept_was_damaged_is_not_missing_beside_its_verdict(tmp_pat
     book = replay(last_run(tmp_path))
     assert book.in_flight == {}
     assert book.admit(PartKey("cam1", "e1", 3), "owner").gap is None
+
+
+def test_what_people_changed_is_no_part_of_the_book() -> None:
+    event = {"t": "event", "ns": 1, "user": "olga", "command": "pause", "engine": None, "ok": True, "detail": None}
+    book = replay([STATE, event, accept(1), event])
+    assert [key.seq for key in book.in_flight] == [1]

@@ -388,6 +388,24 @@ def test_summary_counts_by_outcome_and_lists_the_newest(tmp_path: Path, capsys: 
     assert len(lines) == 6
 
 
+def test_changes_stand_in_the_books_with_who_made_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"t": "event", "command": "activate", "engine": "part/2"}
+    done = {**asked, "ns": 1_000_000_000, "user": "olga", "ok": True, "detail": None}
+    refused = {**asked, "ns": 2_000_000_000, "user": None, "ok": False, "detail": "it is at work already"}
+    ledger = filled(tmp_path, *inspected(1), done, accept(2), refused, verdict(2))
+    assert [(row["user"], row["engine"], row["ok"]) for row in ledger.events(10)] == [
+        (None, "part/2", 0), ("olga", "part/2", 1)
+    ]  # fmt: skip
+    assert ledger.verify().faults == []
+    ledger.forget(1)
+    assert len(ledger.events(10)) == 2  # they are few, and asked about long after the parts are gone
+    ledger.close()
+    assert print_summary(tmp_path, 1) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "1970-01-01T00:00:02+00:00 activate part/2 by unknown refused: it is at work already"
+    )
+
+
 def test_audit_of_good_books_ends_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, *inspected(1), missing(2, 4), accept(5))
     assert print_audit(tmp_path) == 0

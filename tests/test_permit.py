@@ -624,3 +624,12 @@ def test_whatever_the_channel_does_only_what_was_permitted_passes() -> None:
     PermitChannel.passed = 0
     run_state_machine_as_test(PermitChannel, settings=settings(max_examples=250, stateful_step_count=50, deadline=None))
     assert PermitChannel.passed > 0
+
+
+def test_the_desk_tells_how_its_bridges_do() -> None:
+    desk = PermitDesk("run", {}, 100)
+    assert desk.summary(0) == {"bridges": 0, "silentMs": None, "unacked": 0}
+    desk.receive(b"a", {"type": "HELLO", "nonce": "1"}, 0)
+    desk.receive(b"b", {"type": "HELLO", "nonce": "1"}, 400_000_000)
+    desk.verdict({"camera": "cam1", "epoch": "e", "seq": 1}, 500, 400_000_000)
+    assert desk.summary(500_000_000) == {"bridges": 2, "silentMs": 500, "unacked": 2}

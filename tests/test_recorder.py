@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 
 # --- what is written
+
+
+def test_what_explains_a_frame_lies_beside_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 10**6)
+    assert recorded(recorder, replace(reject(5), pictures={"mask": b"mask", "heatmap": b"heat"})) == 1
+    stem = tmp_path / recorder_module.recorded_as("cam1", "e1", 5, NOON_NS + 5 * SECOND_NS)
+    assert {path.name.removeprefix(stem.name): path.read_bytes() for path in files(tmp_path) if path.suffix == ".png"} == {
+        ".png": PICTURE[1], ".mask.png": b"mask", ".heatmap.png": b"heat"
+    }  # fmt: skip
+
+
+def test_pictures_count_against_what_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_MOST_WAITING_BYTES", 3000)
+    recorder = Recorder(tmp_path, 10**6)
+    large = replace(reject(1), pictures={"mask": b"m" * 2500})
+    assert recorded(recorder, large, reject(2), reject(3)) == 2
+    assert (numbers(tmp_path), recorder.dropped) == ([2, 3], 1)
 
 
 def test_frame_lies_beside_what_was_decided_about_it_in_its_day(tmp_path: Path) -> None:

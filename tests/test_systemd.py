@@ -328,10 +328,12 @@ def test_the_account_has_no_shell_and_lives_where_the_service_does(tmp_path, ins
 
 def test_installed_files_are_readable_by_the_service_and_writable_by_root_alone(installed):
     files = [path for path in installed.rglob("*") if path.is_file()]
-    assert len(files) == 9
+    assert len(files) == 14
     assert {mode(path) for path in files} == {0o644}
     folders = {path for path in installed.rglob("*") if path.is_dir()}
-    assert {mode(path) for path in folders - {installed / "var/lib/inspectd"}} == {0o755}
+    shown = installed / "var/lib/inspectd-dashboard"
+    assert {mode(path) for path in folders - {installed / "var/lib/inspectd", shown}} == {0o755}
+    assert mode(shown) == 0o700
     assert mode(installed / "var/lib/inspectd") == 0o750
 
 
@@ -361,8 +363,8 @@ def test_a_prefix_that_others_share_is_refused(tmp_path):
 
 def test_uninstalling_leaves_only_what_is_yours(installed):
     assert run("make", "uninstall", f"DESTDIR={installed}", cwd=ROOT).returncode == 0
-    left = [path.relative_to(installed) for path in installed.rglob("*") if path.is_file()]
-    assert left == [Path("var/lib/inspectd/config.yaml")]
+    left = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    assert left == {"var/lib/inspectd/config.yaml", "var/lib/inspectd-dashboard/dashboard.yaml"}
 
 
 def test_a_packager_gets_no_account_and_nothing_started(tmp_path):

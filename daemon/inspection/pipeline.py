@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from time import perf_counter_ns
+from time import monotonic_ns, perf_counter_ns
 
 import cv2
 import numpy as np
@@ -42,6 +42,7 @@ class Pictures:
     mask: bool = False
     heatmap: bool = False
     frame_on_reject: bool = False
+    frame_every_ms: int = 0  # with whatever verdict, one of each camera in this time; 0: none
 
 
 class Pipeline:
@@ -50,7 +51,9 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend, pictures: Pictures = Pictures()) -> None:
         self.backend = backend
         self.bundle = bundle
+        self.golden_deviation: float | None = None  # of what is allowed, where the golden frames were replayed
         self._pictures = pictures
+        self._next_frame_ns: dict[str, int] = {}
         self._calibration = load_calibration(bundle)
         version = bundle.manifest.version
         self._engines = {name: EngineId(name, version, bundle.digest) for name in bundle.manifest.products}
@@ -101,9 +104,17 @@ class Pipeline:
             pictures["mask"] = _encode(".png", to_frame_size(region_mask(anomaly, limits.map), anomaly.frame_hw))
         if self._pictures.heatmap:
             pictures["heatmap"] = _encode(".png", heat(anomaly, limits.map))
-        if self._pictures.frame_on_reject and rejected:
+        if (self._pictures.frame_on_reject and rejected) or self._is_due(raw.camera):
             pictures["frame"] = bytes(raw.payload) if raw.encoding == "jpeg" else _encode(".jpg", for_display(frame))
         return {name: data for name, data in pictures.items() if data}
+
+    def _is_due(self, camera: str) -> bool:
+        """Whether it is time to show a frame of this camera again."""
+        every_ns, now_ns = self._pictures.frame_every_ms * 1_000_000, monotonic_ns()
+        if every_ns == 0 or now_ns < self._next_frame_ns.get(camera, 0):
+            return False
+        self._next_frame_ns[camera] = now_ns + every_ns
+        return True
 
 
 def to_frame_size(mask: ByteArray, frame_hw: tuple[int, int]) -> ByteArray:

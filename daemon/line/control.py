@@ -13,15 +13,20 @@ from daemon.types import Header
 
 COMMANDS = ("status", "pause", "resume", "drain", "activate", "rollback")
 MOST_SHADOWED = 1_000_000
+MOST_USER_CHARACTERS = 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback."""
+    """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback.
+
+    `user` is who asks, as the asker says: whoever reaches this socket is trusted with that too.
+    """
 
     command: str
     engine: str | None = None
     shadow: int = 0  # live frames to compare before the swap
+    user: str | None = None
 
 
 def decode_request(parts: list[bytes]) -> Request:
@@ -36,7 +41,14 @@ def decode_request(parts: list[bytes]) -> Request:
         raise WireError(f"found engine {engine!r}, wanted text: NAME/VERSION to activate, NAME to roll back")
     if type(shadow) is not int or not 0 <= shadow <= MOST_SHADOWED:
         raise WireError(f"found shadow {shadow!r}, wanted a number of frames from 0 to {MOST_SHADOWED}")
-    return Request(str(command), engine, shadow)
+    user = fields.get("user")
+    if user is not None and not _is_name(user):
+        raise WireError(f"found user {user!r}, wanted text of 1 to {MOST_USER_CHARACTERS} printable characters")
+    return Request(str(command), engine, shadow, user)
+
+
+def _is_name(user: object) -> bool:
+    return isinstance(user, str) and 0 < len(user) <= MOST_USER_CHARACTERS and user.isprintable()
 
 
 class NoAnswerError(InspectError):

@@ -27,10 +27,12 @@ CREATE TABLE IF NOT EXISTS parts (
     PRIMARY KEY (camera, epoch, seq)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS parts_decided ON parts (decided_ns);
+CREATE INDEX IF NOT EXISTS parts_rejected ON parts (decided_ns) WHERE outcome = 'REJECT';
 CREATE TABLE IF NOT EXISTS skips (
     camera TEXT NOT NULL, epoch TEXT NOT NULL, seq INTEGER NOT NULL, seq_to INTEGER NOT NULL, ns INTEGER,
     PRIMARY KEY (camera, epoch, seq)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (ns INTEGER, user TEXT, command TEXT, engine TEXT, ok INTEGER, detail TEXT);
 CREATE TABLE IF NOT EXISTS conflicts (camera TEXT, epoch TEXT, seq INTEGER, first TEXT, second TEXT);
 CREATE TABLE IF NOT EXISTS place (
     one INTEGER PRIMARY KEY CHECK (one = 1), segment TEXT, offset INTEGER, damaged INTEGER
@@ -102,6 +104,8 @@ class Ledger:
             )
         elif record["t"] == "skip":
             self._db.execute("INSERT OR IGNORE INTO skips VALUES (:camera, :epoch, :seq, :seqTo, :ns)", record)
+        elif record["t"] == "event":
+            self._db.execute("INSERT INTO events VALUES (:ns, :user, :command, :engine, :ok, :detail)", record)
         elif record["t"] == "verdict":
             self._take_verdict({"seqTo": record["seq"], **record})
 
@@ -158,8 +162,14 @@ class Ledger:
 
     def latest(self, most: int) -> list[dict[str, Any]]:
         """The newest decided parts, newest first."""
-        query = "SELECT * FROM parts WHERE outcome IS NOT NULL ORDER BY decided_ns DESC LIMIT ?"
-        cursor = self._db.execute(query, (most,))
+        return self._rows("SELECT * FROM parts WHERE outcome IS NOT NULL ORDER BY decided_ns DESC LIMIT ?", most)
+
+    def events(self, most: int) -> list[dict[str, Any]]:
+        """What people changed, newest first. These rows are never forgotten."""
+        return self._rows("SELECT * FROM events ORDER BY ns DESC LIMIT ?", most)
+
+    def _rows(self, query: str, *values: int) -> list[dict[str, Any]]:
+        cursor = self._db.execute(query, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
 

@@ -12,9 +12,9 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import nsmallest
 from pathlib import Path
 
@@ -29,11 +29,19 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class Reject:
-    """A rejected frame: its result header, its size in memory and the function that gives (extension, bytes)."""
+    """A rejected frame: its result header, its size in memory and the function that gives (extension, bytes).
+
+    `pictures` explain it (mask, heatmap): PNG files that are made already.
+    """
 
     header: Header
     frame_bytes: int
     encode: Callable[[], tuple[str, bytes]]
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.frame_bytes + sum(map(len, self.pictures.values()))
 
 
 class Recorder:
@@ -51,11 +59,11 @@ class Recorder:
 
     def submit(self, reject: Reject) -> None:
         with self._lock:
-            if self._waiting_bytes + reject.frame_bytes > _MOST_WAITING_BYTES:
+            if self._waiting_bytes + reject.held_bytes > _MOST_WAITING_BYTES:
                 self.dropped += 1
                 return
             self._waiting.append(reject)
-            self._waiting_bytes += reject.frame_bytes
+            self._waiting_bytes += reject.held_bytes
 
     def write_waiting(self) -> int:
         """Write what waits; returns the number of frames written. A full disk drops them, and says so once."""
@@ -63,7 +71,7 @@ class Recorder:
         while self._waiting:
             with self._lock:
                 reject = self._waiting.popleft()
-                self._waiting_bytes -= reject.frame_bytes
+                self._waiting_bytes -= reject.held_bytes
             try:
                 self._write(reject)
                 written += 1
@@ -81,13 +89,13 @@ class Recorder:
 
     def _write(self, reject: Reject) -> None:
         header = reject.header
-        day = self._folder / _day(header["decidedNs"])
+        path = self._folder / recorded_as(header["camera"], header["epoch"], header["seq"], header["decidedNs"])
+        day, stem = path.parent, path.name
         day.mkdir(exist_ok=True)
-        epoch = _UNSAFE.sub("_", header["epoch"])[:40]
-        stem = f"{header['decidedNs']}-{header['camera']}-{epoch}-{header['seq']}"
         extension, data = reject.encode()
         text = json.dumps({**header, "file": f"{stem}.{extension}"}, indent=1).encode()
         files = {day / f"{stem}.{extension}": data, day / f"{stem}.json": text}
+        files |= {day / f"{stem}.{name}.png": picture for name, picture in reject.pictures.items()}
         try:
             for path, content in files.items():
                 path.write_bytes(content)
@@ -116,6 +124,11 @@ class Recorder:
             with suppress(OSError):  # not empty
                 day.rmdir()
         self._used_bytes = _size_bytes(self._folder)
+
+
+def recorded_as(camera: str, epoch: str, seq: int, decided_ns: int) -> Path:
+    """Day and stem of a part's files, below the recorder's folder; the epoch's own text cannot lead out of it."""
+    return Path(_day(decided_ns)) / f"{decided_ns}-{camera}-{_UNSAFE.sub('_', epoch)[:40]}-{seq}"
 
 
 def _days(folder: Path) -> list[Path]:
