@@ -14,7 +14,8 @@ from typing import Literal
 import zmq
 
 from daemon.bundle import current_bundle, open_bundle
-from daemon.config import Config, Endpoint, Input, load_config
+from daemon.config import Config, load_config
+from daemon.endpoints import Endpoint, Input
 from daemon.errors import InspectError
 from daemon.inspection.backend import open_backend
 from daemon.inspection.golden import check_golden
@@ -92,12 +93,18 @@ def _rights(config: Config, peer: Peer) -> Iterator[Finding]:
             yield Finding("FAIL", f"peer {peer.name} as {role}: its topics allow none of {', '.join(topics[role])}")
 
 
-_KINDS = {"router": zmq.DEALER, "pull": zmq.PUSH, "results": zmq.SUB, "permits": zmq.DEALER}
+_KINDS = {
+    "router": zmq.DEALER,
+    "pull": zmq.PUSH,
+    "imagezmq-rep": zmq.REQ,
+    "results": zmq.SUB,
+    "permits": zmq.DEALER,
+}
 
 
 def _handshakes(config: Config, keys: PeerFile) -> Iterator[Finding]:
     for path, endpoint in config.endpoints():
-        if endpoint.bind.startswith("tcp://"):
+        if endpoint.bind.startswith("tcp://") and not endpoint.connects:
             kind = _KINDS[endpoint.kind if isinstance(endpoint, Input) else path]
             yield _handshake(f"{path}: {endpoint.bind}", endpoint, kind, keys)
 
@@ -175,7 +182,7 @@ def _ports(config: Config) -> Iterator[Finding]:
     for path, endpoint in config.endpoints():
         if endpoint.is_open:
             yield Finding("WARN", f"{path}: {endpoint.bind} is plain: anybody who reaches it can speak there")
-        if endpoint.bind.startswith("tcp://"):
+        if endpoint.bind.startswith("tcp://") and not endpoint.connects:
             host, _, port = endpoint.bind.removeprefix("tcp://").rpartition(":")
             yield _port(path, host, port)
 
