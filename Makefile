@@ -101,9 +101,11 @@ install-files: own-folder
 	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
 	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
 	$(TO_PREFIX) systemd/inspectd.service | install -m 0644 /dev/stdin $(UNITS)/inspectd.service
+	$(TO_PREFIX) systemd/inspectd-camera@.service | install -m 0644 /dev/stdin $(UNITS)/inspectd-camera@.service
 	for name in nvidia jetson; do \
 		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
-	$(TO_PREFIX) docs/install.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/install.md
+	for page in install cameras; do \
+		$(TO_PREFIX) docs/$$page.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$page.md || exit; done
 	install -m 0644 systemd/inspectd.sysusers $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf
 	install -m 0644 systemd/inspectd.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
 	test -d $(STATE) || install -d -m 0750 $(STATE)
@@ -111,9 +113,10 @@ install-files: own-folder
 
 uninstall: own-folder  ## leaves the account, /var/lib/inspectd and what you put into /etc
 ifeq ($(DESTDIR),)
-	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service; fi
+	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service; \
+		systemctl stop 'inspectd-camera@*.service'; systemctl disable inspectd-camera@.service; fi
 endif
-	rm -f $(UNITS)/inspectd.service $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
+	rm -f $(UNITS)/inspectd.service $(UNITS)/inspectd-camera@.service $(DESTDIR)/usr/lib/sysusers.d/inspectd.conf $(DESTDIR)/usr/lib/tmpfiles.d/inspectd.conf
 	rm -rf $(HOUSE)
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
