@@ -1,7 +1,7 @@
 """`inspectd camera`: one process that brings one camera's pictures to the daemon, and keeps at it.
 
-A source that goes away is opened again, later and later up to ten seconds; a daemon that goes away is connected to again
-by itself. Neither ends the process: only SIGTERM does, the end of a replay, or a fault that trying again cannot mend.
+A source that goes away is opened again, after rests of up to ten seconds, and a daemon connected to again.
+Neither ends the process: only SIGTERM does, the end of a replay, or a fault that trying again cannot mend.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _FIRST_REST_S, _LONGEST_REST_S = 0.5, 10.0
 _STEP_MS = 20
 _STALE_NS = 250_000_000  # a trigger that waited longer shows another part
 _LAST_ANSWERS_S = 2.0
+_ROOM_S = 0.05  # less than what cameras on a line have between two pictures, or not much more
+_SILENT_S = 30.0
 _REPORT_S = 60.0
 
 
@@ -53,6 +55,7 @@ class CameraProcess:
         self._rest_s = _FIRST_REST_S
         self._due_ns = 0
         self._looked_ns = 0  # when requests were last looked for
+        self._silent_s = 0.0  # when a source that gives nothing is told next
         self._report_s = time.monotonic() + _REPORT_S
         self._watchdog_s, self._next_watchdog_s = watchdog_interval_s(), 0.0
         self._poller = zmq.Poller()
@@ -70,6 +73,7 @@ class CameraProcess:
                 self._source.open()
                 log.info("source open")
                 self._due_ns = self._looked_ns = time.monotonic_ns()
+                self._silent_s = time.monotonic() + _SILENT_S
                 while not self._is_stopping:
                     self._go_on()
             except SourceEndedError as error:
@@ -128,12 +132,17 @@ class CameraProcess:
             raise
         if captured is not None:
             self._rest_s = _FIRST_REST_S
+            self._silent_s = time.monotonic() + _SILENT_S
             self._send(captured, request)
         elif request is not None:
             self._feed.skip()
             self._fail(request, "no picture came")
+        elif time.monotonic() >= self._silent_s:
+            self._silent_s = time.monotonic() + _SILENT_S
+            log.warning("the source is open and gives no pictures; does it wait for a trigger of its own?")
 
     def _send(self, captured: Captured, request: Request | None) -> None:
+        self._wait_for_room()
         seq = self._feed.seq
         part_id = request.part_id if request else None
         has_left = self._feed.send(captured, is_simulated=self._source.is_replay, part_id=part_id)
@@ -145,6 +154,13 @@ class CameraProcess:
         if self._left is not None:
             self._left -= 1
             self._is_stopping |= self._left <= 0
+
+    def _wait_for_room(self) -> None:
+        """An answer that is a little late must cost no picture."""
+        until = time.monotonic() + _ROOM_S
+        while not self._feed.has_room() and self._feed.is_connected and time.monotonic() < until:
+            self._poller.poll(1)
+            self._feed.hear()
 
     # -- triggers -----------------------------------------------------------------------------------
 
@@ -233,10 +249,17 @@ def _daemon_of(config_path: Path | None, line: str | None, address: str | None) 
 @click.argument("source", envvar="INSPECTD_SOURCE")
 @click.option("--camera", required=True, help="This camera's name in the daemon's configuration.")
 @click.option("--line", envvar="INSPECTD_LINE", help="The daemon's line.")
-@click.option("--daemon", "address", envvar="INSPECTD_DAEMON", help="The daemon's input of kind router, e.g. tcp://192.168.10.2:5550")
+@click.option(
+    "--daemon",
+    "address",
+    envvar="INSPECTD_DAEMON",
+    help="The daemon's input of kind router, e.g. tcp://192.168.10.2:5550",
+)
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="In place of --line and --daemon.")
 @click.option("--peer", type=click.Path(path_type=Path), help="This camera's key file (inspectd keygen peer).")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Of a replay, a second; folder 10, video its own.")
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), help="Of a replay, a second; folder 10, video its own."
+)
 @click.option("--once", is_flag=True, help="End a replay with its last picture; default: from the beginning again.")
 @click.option("--count", type=click.IntRange(1), help="End after so many pictures.")
 @click.option("--encoding", type=click.Choice(["raw", "jpeg", "png"]), default="raw", show_default=True)
@@ -265,7 +288,8 @@ def command(  # noqa: PLR0917 - click hands every option over
     """Be a camera: send the pictures of SOURCE to the daemon until SIGTERM, whatever comes and goes.
 
     SOURCE is a folder of images, a video file, /dev/videoN (or N), rtsp://..., or genicam:NAME. It may stand in the
-    variable INSPECTD_SOURCE instead, where no list of processes shows a password; so may INSPECTD_LINE, INSPECTD_DAEMON.
+    variable INSPECTD_SOURCE instead, where no list of processes shows a password; so may INSPECTD_LINE and
+    INSPECTD_DAEMON.
     """
     line, address = _daemon_of(config_path, line, address)
     keys = load_peer_file(peer) if peer else None

@@ -84,6 +84,10 @@ class Feed:
         self._is_connected = False
         self._explain_ns = time.monotonic_ns() + _EXPLAIN_AFTER_NS
 
+    @property
+    def is_connected(self) -> bool:
+        return self._is_connected
+
     def has_room(self) -> bool:
         """Whether a frame could leave now, and the daemon has room for it."""
         self._look()

@@ -24,6 +24,7 @@ log = logging.getLogger("inspectd.camera")
 _DEBIAN_GI = Path("/usr/lib/python3/dist-packages/gi/__init__.py")
 _BUFFERS = 8
 _WAIT_US = 1_000_000
+_MOST_SOCKET_BYTES = 64 << 20
 # By GenICam's name: what it is on the wire, bytes of a pixel, channels, and how far to shift up to 16 bit.
 _FORMATS = {
     "Mono8": ("Mono8", 1, 1, 0),
@@ -113,10 +114,16 @@ class GenICam:
             )
         self._format = _FORMATS[pixel_format]
         camera.get_device().connect("control-lost", self._on_lost)
+        if camera.is_gv_device():
+            # Aravis reads raw packets where it may (as root, not as a service): one way for all can be relied on.
+            camera.gv_set_stream_options(self._aravis.GvStreamOption.PACKET_SOCKET_DISABLED)
         self._stream = camera.create_stream(None, None)
         if self._stream is None:
             raise SourceError(f"{self.name}: gives no stream; does another program hold the camera?")
         payload = camera.get_payload()
+        if camera.is_gv_device():  # the kernel gives up to net.core.rmem_max
+            self._stream.set_property("socket-buffer", self._aravis.GvStreamSocketBuffer.FIXED)
+            self._stream.set_property("socket-buffer-size", min(_MOST_SOCKET_BYTES, _BUFFERS * payload))
         for _ in range(_BUFFERS):
             self._stream.push_buffer(self._aravis.Buffer.new_allocate(payload))
         camera.start_acquisition()
@@ -154,13 +161,16 @@ class GenICam:
     def _picture(self, buffer: Any) -> Captured:
         status = buffer.get_status()
         if status != self._aravis.BufferStatus.SUCCESS:
-            raise PictureLostError(f"{self.name}: a picture came incomplete ({status.value_nick}); is the network slow?")
+            told = f"{self.name}: a picture came incomplete ({status.value_nick})"
+            raise PictureLostError(
+                f"{told}; are net.core.rmem_max and the network's packets large enough? docs/cameras.md"
+            )
         name, depth, channels, shift = self._format
         height, width = buffer.get_image_height(), buffer.get_image_width()
         data = buffer.get_data()
         wanted = height * width * channels * depth
         if len(data) < wanted:
-            raise PictureLostError(f"{self.name}: a picture has {len(data)} bytes, {width}x{height} {name} has {wanted}")
+            raise PictureLostError(f"{self.name}: found a picture of {len(data)} bytes, wanted {wanted}")
         values = np.frombuffer(data, "<u2" if depth == 2 else np.uint8, wanted // depth)
         pixels: PixelArray = values.reshape((height, width, 3) if channels == 3 else (height, width))
         return Captured(pixels << shift if shift else pixels, name, int(buffer.get_system_timestamp()))

@@ -89,8 +89,8 @@ class HubPart(FramePart):
         return {"encoding": "raw", "shape": shape, "pixelFormat": pixel_format}
 
 
-def split_envelope(parts: Sequence[memoryview]) -> tuple[list[bytes], Sequence[memoryview]]:
-    """What a REQ socket puts before its message, up to an empty part, and the message. It comes back with the answer."""
+def split_envelope(parts: list[memoryview]) -> tuple[list[bytes], list[memoryview]]:
+    """What a REQ socket puts before its message, up to an empty part, and the message. It goes with the answer."""
     for place, part in enumerate(parts):
         if part.nbytes == 0:
             return [bytes(piece) for piece in parts[: place + 1]], parts[place + 1 :]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 
 import cv2
@@ -177,7 +177,7 @@ GRAY, DEEP = good_pixels()[:, :, 0], good_pixels()[:, :, 0].astype(np.uint16) * 
         (Encoding("png"), colours(), "BGR8", "BGR8"),
         (Encoding("png"), colours(), "RGB8", "BGR8"),
         (Encoding("jpeg", 100), GRAY, "Mono8", "Mono8"),
-        (Encoding("jpeg", 100), colours(), "RGB8", "BGR8"),
+        (Encoding("jpeg", 100), cv2.GaussianBlur(colours(), (0, 0), 9), "RGB8", "BGR8"),
     ],
 )
 def test_daemon_reads_every_encoding_as_it_was_meant(encoding, pixels, pixel_format, sent_as):
@@ -221,7 +221,8 @@ def site(tmp_path):
     yield site
     if site.process is not None:
         assert site.stop() == 0, site.log
-    assert_books_balance(site)
+    if any(record["t"] == "accept" for record in site.journal()):
+        assert_books_balance(site)
 
 
 class Camera:
@@ -308,8 +309,8 @@ def test_count_ends_it_also_where_the_source_goes_on(site, tmp_path):
 def test_replay_waits_while_the_daemon_is_away_and_goes_on_in_its_stream(site, tmp_path):
     folder = save(tmp_path / "p", *(good_pixels(seed) for seed in range(40)))
     with site.line() as line, camera_at(site, folder, "--rate", 40, "--once") as camera:
-        for end in (site.kill, site.stop):
-            wait_for(line, lambda before=len(line.foreign): len(line.foreign) >= before + 5)
+        for heard, end in ((5, site.kill), (15, site.stop)):
+            wait_for(line, lambda heard=heard: len(line.foreign) >= heard)
             end()
             line.pump(200)
             site.start()
@@ -317,17 +318,11 @@ def test_replay_waits_while_the_daemon_is_away_and_goes_on_in_its_stream(site, t
         assert code == 0, camera.said
         wait_for(line, lambda: 39 in told(line))
         # What was under way when a daemon was killed is MISSING; all else was judged, in one epoch.
-        outcomes = Counter_of(line)
+        outcomes = Counter(reason or outcome for outcome, reason, _ in told(line).values())
         assert outcomes["PASS"] >= 40 - 2 * 3
         assert counts["sent"] + counts["lost"] == 40
     assert "daemon lost" in camera.said
     assert "daemon connected" in camera.said
-
-
-def Counter_of(line):  # noqa: N802
-    from collections import Counter
-
-    return Counter(reason or outcome for outcome, reason, _ in told(line).values())
 
 
 def test_second_sender_ends_the_first_which_says_why(site, tmp_path):
@@ -343,7 +338,7 @@ def test_second_sender_ends_the_first_which_says_why(site, tmp_path):
 def test_refused_camera_goes_on_and_says_why(site, tmp_path):
     folder = save(tmp_path / "p", good_pixels())
     assert site.run_command("pause").returncode == 0
-    with site.line("cam2", ready_s=0.1) if False else camera_at(site, folder, "--rate", 50) as camera:
+    with camera_at(site, folder, "--rate", 50) as camera:
         until = time.monotonic() + PATIENCE_S
         while "PAUSED" not in camera.said:
             assert time.monotonic() < until
@@ -499,10 +494,9 @@ def test_frames_of_a_live_camera_are_missing_parts_while_the_daemon_is_away(site
             assert time.monotonic() < until
             feed.hear()
         assert [feed.send(picture(), is_simulated=False) for _ in range(3)] == [False] * 3
+        line.run = None
         site.start()
-        while not feed.has_room():
-            assert time.monotonic() < until
-            feed.socket.poll(10)
+        wait_for(line, lambda: line.run is not None and feed.has_room())  # the line hears the new run
         assert feed.send(picture(), is_simulated=False)
         wait_for(line, lambda: 4 in told(line))
         assert {seq: reason for seq, (_, reason, _) in told(line).items()} == {
@@ -593,12 +587,14 @@ def test_a_request_takes_one_picture_with_its_part_id(site, feed, asked):
 
 def test_a_request_whose_picture_does_not_come_is_told_so_and_is_a_missing_part(site, asked):
     with site.line() as line:
-        someone = asked(None, PictureLostError("incomplete"), picture())
+        someone = asked(picture(), None, PictureLostError("incomplete"), picture())
+        assert someone.ask(b"A0")["seq"] == 0
         assert someone.ask(b"A1") == {"error": "no picture came"}
         assert someone.ask(b"A2") == {"error": "incomplete"}
-        assert someone.ask(b"A3")["seq"] == 2
-        wait_for(line, lambda: 2 in told(line))
-        assert told(line) == {}
+        assert someone.ask(b"A3")["seq"] == 3
+        wait_for(line, lambda: 3 in told(line))
+        missing = ("REJECT", "MISSING", None)
+        assert told(line) == {0: ("PASS", None, "A0"), 1: missing, 2: missing, 3: ("PASS", None, "A3")}
 
 
 def test_a_part_id_that_cannot_be_is_told_and_takes_no_number(asked):
@@ -623,7 +619,7 @@ def test_request_that_waited_while_the_source_hung_takes_no_picture_of_another_p
 
 def test_trigger_socket_is_for_owner_and_group(tmp_path):
     trigger = Trigger(f"ipc://{tmp_path}/t.sock")
-    assert os.stat(tmp_path / "t.sock").st_mode & 0o777 == 0o660
+    assert (tmp_path / "t.sock").stat().st_mode & 0o777 == 0o660
     trigger.close()
 
 

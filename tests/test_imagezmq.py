@@ -72,7 +72,10 @@ def array(pixels, msg="part"):
 
 def jpeg(pixels, msg="part"):
     """[JSON {"msg"}][JPEG], as send_jpg sends it."""
-    return [json.dumps({"msg": msg}).encode(), cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()]
+    return [
+        json.dumps({"msg": msg}).encode(),
+        cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes(),
+    ]
 
 
 FORMS = {
@@ -216,8 +219,9 @@ def test_numbers_begin_anew_with_each_connection_and_run():
     assert Numbering("cam2").number(b"a").epoch != keys[0].epoch
 
 
-def test_frames_of_a_publisher_are_judged_also_after_it_came_back(site, context):
+def test_frames_of_a_publisher_are_judged_also_after_it_came_back(site):
     def publish_until(line, count):
+        context = zmq.Context()
         publisher = context.socket(zmq.PUB)
         publisher.bind(publisher_address(site))
 
@@ -226,7 +230,7 @@ def test_frames_of_a_publisher_are_judged_also_after_it_came_back(site, context)
             return len(line.foreign) >= count
 
         wait_for(line, is_heard)
-        publisher.close(linger=0)
+        context.destroy(linger=0)
 
     with site.line("cam3") as line:
         publish_until(line, 2)
@@ -242,9 +246,12 @@ def test_frames_of_a_publisher_are_judged_also_after_it_came_back(site, context)
 def hub(context, address):
     """The daemon's side alone: a socket whose newcomers are greeted."""
     greeters = []
+
+    def greet(socket):
+        greeters.append(Greeter(context, socket))
+
     endpoint = Endpoint(bind=address, plain=True)
-    socket = bind(context, zmq.ROUTER, endpoint, None, Bounds(1 << 20), lambda made: greeters.append(Greeter(context, made)))
-    return socket, greeters[0]
+    return bind(context, zmq.ROUTER, endpoint, None, Bounds(1 << 20), before=greet), greeters[0]
 
 
 def go_on(greeter, condition, jump_ns=50_000_000):
@@ -259,7 +266,8 @@ def go_on(greeter, condition, jump_ns=50_000_000):
 @pytest.mark.parametrize("scheme", ["tcp", "ipc"])
 def test_sender_whose_answer_was_lost_with_the_daemon_is_told_ok_by_the_next_one(context, tmp_path, scheme):
     address = tcp() if scheme == "tcp" else f"ipc://{tmp_path}/hub.sock"
-    first, greeter = hub(context, address)
+    of_first = zmq.Context()
+    first, greeter = hub(of_first, address)
     senders = [connected(context, address) for _ in range(3)]
     for sender in senders:
         sender.send_multipart(GOOD)
@@ -267,7 +275,7 @@ def test_sender_whose_answer_was_lost_with_the_daemon_is_told_ok_by_the_next_one
         assert first.poll(PATIENCE_MS)
         first.recv_multipart()  # and dies before it answers
     greeter.close()
-    first.close(linger=0)
+    of_first.destroy(linger=0)
     second, greeter = hub(context, address)
     go_on(greeter, lambda: all(sender.poll(10) for sender in senders))
     assert [sender.recv() for sender in senders] == [OK] * 3
@@ -299,16 +307,21 @@ def test_sender_that_speaks_is_not_greeted(context):
     greeter.close()
 
 
-def test_greeting_of_one_that_was_not_waiting_does_not_answer_its_next_frame(context):
+def test_greeting_of_one_that_was_not_waiting_stops_nobody(context):
     address = tcp()
     socket, greeter = hub(context, address)
     sender = connected(context, address)
-    go_on(greeter, lambda: sender.poll(10))  # it would be thrown away by the next send
-    sender.send_multipart(GOOD)
-    assert socket.poll(PATIENCE_MS)
-    name, *_ = socket.recv_multipart()
-    socket.send_multipart([name, b"", b"the answer"])
-    assert sender.recv() == b"the answer"
+    go_on(greeter, lambda: greeter._silent)
+    go_on(greeter, lambda: not greeter._silent)
+    heard = []
+    for number in range(5):
+        sender.send(b"%d" % number)
+        assert socket.poll(PATIENCE_MS)
+        name, _, frame = socket.recv_multipart()
+        heard.append(int(frame))
+        socket.send_multipart([name, b"", b"the answer"])
+        assert sender.recv() in (OK, b"the answer")  # the greeting, where it came after the first frame had left
+    assert heard == [0, 1, 2, 3, 4]
     greeter.close()
 
 

@@ -2,8 +2,8 @@
 
 A REQ socket that has sent a frame waits for its answer without end, and if the daemon ended meanwhile, frame and answer
 are lost: its sender hangs (imageZMQ's issues 1, 16, 35, 49). libzmq connects it again by itself, so a sender that has
-connected and says nothing is told OK unasked. One that was not waiting for an answer never sees it (libzmq's REQ empties
-its queue before it sends), so it does no harm to greet too many.
+connected and says nothing is told OK unasked. One that was not waiting for an answer never sees it (libzmq's REQ
+empties its queue before it sends), so it does no harm to greet too many.
 
 A ROUTER knows a peer by the name that it gives to it: a zero byte and a number that counts up by one with each peer.
 That is how libzmq has done it since 3.0, and written nowhere; if it did otherwise, the greeting would go to

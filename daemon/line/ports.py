@@ -92,7 +92,7 @@ class Ports:
 
         # A socket has one monitor, and where keys are asked for that is the Watch's: no stock sender comes there.
         is_greeted = isinstance(endpoint, Input) and endpoint.is_imagezmq and not endpoint.uses_curve
-        socket = bind(self._context, kind, endpoint, self._keyring, bounds, greet if is_greeted else None)
+        socket = bind(self._context, kind, endpoint, self._keyring, bounds, before=greet if is_greeted else None)
         self._sockets.append(socket)
         return socket
 

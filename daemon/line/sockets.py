@@ -118,6 +118,7 @@ def bind(
     endpoint: Endpoint,
     keyring: Keyring | None,
     bounds: Bounds,
+    *,
     before: Callable[[zmq.Socket[bytes]], object] | None = None,
 ) -> zmq.Socket[bytes]:
     """A bound socket as config asks; `before` gets it while nobody can have connected yet.
@@ -155,9 +156,7 @@ def _limit(socket: zmq.Socket[bytes], bounds: Bounds) -> None:
     socket.set(zmq.SNDHWM, bounds.send)
 
 
-def subscribe_to_all(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, bounds: Bounds
-) -> zmq.Socket[bytes]:
+def subscribe_to_all(context: zmq.Context[zmq.Socket[bytes]], address: str, bounds: Bounds) -> zmq.Socket[bytes]:
     """A SUB socket that is connected to a plain publisher, there or not yet. Raises ConfigError for a bad address."""
     socket = _client(context, zmq.SUB, address, None)
     _limit(socket, bounds)
