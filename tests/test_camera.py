@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 import cv2
 import numpy as np
 import pytest
+import yaml
 import zmq
 
 from adapters import camera as camera_module
@@ -32,10 +34,11 @@ from adapters.sources import (
     without_password,
 )
 from adapters.trigger import Trigger
+from daemon.config import load_config
 from daemon.errors import ConfigError, DataError, UsageError
 from daemon.keys import load_peer_file, make_peer, make_server_key
 from tests.bundles import bad_pixels, good_pixels
-from tests.daemons import make_site, tcp
+from tests.daemons import ROOT, make_site, tcp
 from tests.lines import assert_books_balance, wait_for
 
 PATIENCE_S = 30.0  # never waited for where things are as they should be
@@ -629,3 +632,49 @@ def test_trigger_address_in_use_is_told(tmp_path):
     with pytest.raises(ConfigError, match="cannot be bound"):
         Trigger(address)
     first.close()
+
+
+# --- docs/cameras.md
+
+PAGE = (ROOT / "docs/cameras.md").read_text()
+
+
+def test_the_commands_of_the_page_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^inspectd camera (.*)$", PAGE, re.MULTILINE)
+    assert len(commands) >= 4
+    for text in commands:
+        with camera_module.command.make_context("camera", shlex.split(text)) as context:
+            assert context.params["camera"] == "cam1"
+
+
+def test_the_trigger_of_the_page_is_answered_as_it_says(asked, tmp_path):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "trigger.send" in block]
+    asked(picture())
+    code = code.replace("ipc://run/cam1.trigger", f"ipc://{tmp_path}/trigger.sock")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert re.match(r"""b'{"epoch":"\w+","seq":0,"capturedNs":1000}'""", done.stdout), done.stderr
+
+
+def test_the_time_limit_of_the_page_ends_a_sender_that_nobody_answers():
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "imagezmq" in block]
+    code = code.replace("tcp://127.0.0.1:5555", tcp()).replace("RCVTIMEO, 2000", "RCVTIMEO, 100")
+    code += """
+import numpy as np
+sender = connect()
+try:
+    sender.send_image("part", np.zeros((8, 8), np.uint8))
+except zmq.Again:
+    sender.close()
+    print("ended")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "ended\n", done.stderr
+
+
+def test_the_inputs_of_the_page_are_a_configuration(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    site = make_site(tmp_path)
+    site.config["cameras"] |= {name: dict(site.config["cameras"]["cam1"]) for name in ("cam2", "cam3")}
+    site.config["inputs"] = yaml.safe_load(text)["inputs"]
+    assert [entry.camera for entry in load_config(site.write_config()).inputs] == ["cam2", "cam3"]

@@ -210,3 +210,22 @@ def test_missing_aravis_is_told_with_the_packages_that_bring_it(monkeypatch, tmp
     monkeypatch.setattr(genicam, "_DEBIAN_GI", tmp_path / "none")
     with pytest.raises(DeviceError, match=r"apt install gir1\.2-aravis-0\.8 python3-gi aravis-tools"):
         genicam.load_aravis()
+
+
+# --- under the rules of its unit
+
+
+@needs_aravis
+@needs_rtsp
+@pytest.mark.parametrize("kind", ["genicam", "rtsp"])
+def test_pictures_come_under_the_units_rules(tmp_path, kind):
+    port = free_port()
+    source = "genicam:" if kind == "genicam" else f"rtsp://127.0.0.1:{port}/live"
+    unit = ROOT / "systemd/inspectd-camera@.service"
+    command = [sys.executable, ROOT / "tests/unit_filter.py", unit, sys.executable, "-m", "daemon", "camera", source]
+    command += ["--camera", "cam1", "--line", "test", "--daemon", f"ipc://{tmp_path}/nobody", "--count", "10"]
+    command += ["--features", "Width=64 Height=64"] if kind == "genicam" else []
+    with gige_camera() if kind == "genicam" else rtsp_server(port):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lost"] == 10  # taken, and nobody there to have them
