@@ -216,16 +216,28 @@ def test_jpeg_that_would_spoil_the_pixels_is_refused(pixels, pixel_format):
 # --- a daemon, and the process as a user starts it
 
 
-@pytest.fixture
-def site(tmp_path):
-    site = make_site(tmp_path / "site")
-    site.config["cameras"]["cam2"] = dict(site.config["cameras"]["cam1"])
+@contextmanager
+def running_site(folder):
+    site = make_site(folder)
     site.start()
     yield site
     if site.process is not None:
         assert site.stop() == 0, site.log
-    if any(record["t"] == "accept" for record in site.journal()):
-        assert_books_balance(site)
+    assert_books_balance(site)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A daemon that no test stops."""
+    with running_site(tmp_path_factory.mktemp("cameras") / "site") as site:
+        yield site
+
+
+@pytest.fixture
+def own_site(tmp_path):
+    """One that a test may end and start anew."""
+    with running_site(tmp_path / "site") as site:
+        yield site
 
 
 class Camera:
@@ -309,14 +321,14 @@ def test_count_ends_it_also_where_the_source_goes_on(site, tmp_path):
     assert (code, counts["accepted"]) == (0, 7)
 
 
-def test_replay_waits_while_the_daemon_is_away_and_goes_on_in_its_stream(site, tmp_path):
+def test_replay_waits_while_the_daemon_is_away_and_goes_on_in_its_stream(own_site, tmp_path):
     folder = save(tmp_path / "p", *(good_pixels(seed) for seed in range(40)))
-    with site.line() as line, camera_at(site, folder, "--rate", 40, "--once") as camera:
-        for heard, end in ((5, site.kill), (15, site.stop)):
+    with own_site.line() as line, camera_at(own_site, folder, "--rate", 40, "--once") as camera:
+        for heard, end in ((5, own_site.kill), (15, own_site.stop)):
             wait_for(line, lambda heard=heard: len(line.foreign) >= heard)
             end()
             line.pump(200)
-            site.start()
+            own_site.start()
         code, counts = camera.ended()
         assert code == 0, camera.said
         wait_for(line, lambda: 39 in told(line))
@@ -428,8 +440,8 @@ def picture(seed=0):
     return Captured(good_pixels(seed)[:, :, 0], "Mono8", 1000 + seed)
 
 
-@pytest.fixture
-def feed(site):
+@contextmanager
+def feed_to(site):
     feed = Feed(site.addresses.frames, site.peer(), ("test", "cam1"), Encoding(), None)
     until = time.monotonic() + PATIENCE_S
     while not feed.has_room():
@@ -437,6 +449,12 @@ def feed(site):
         feed.socket.poll(10)
     yield feed
     feed.close()
+
+
+@pytest.fixture
+def feed(site):
+    with feed_to(site) as feed:
+        yield feed
 
 
 @pytest.fixture
@@ -487,19 +505,19 @@ def test_picture_that_was_taken_and_did_not_arrive_is_a_missing_part(site, feed)
         assert [told(line)[seq][0] for seq in (0, 2)] == ["PASS", "PASS"]
 
 
-def test_frames_of_a_live_camera_are_missing_parts_while_the_daemon_is_away(site, feed):
-    with site.line() as line:
+def test_frames_of_a_live_camera_are_missing_parts_while_the_daemon_is_away(own_site):
+    with own_site.line() as line, feed_to(own_site) as feed:
         assert feed.send(picture(), is_simulated=False)
         wait_for(line, lambda: len(line.foreign) == 1)
-        site.kill()
+        own_site.kill()
         until = time.monotonic() + PATIENCE_S
         while feed.has_room():
             assert time.monotonic() < until
             feed.hear()
         assert [feed.send(picture(), is_simulated=False) for _ in range(3)] == [False] * 3
-        line.run = None
-        site.start()
-        wait_for(line, lambda: line.run is not None and feed.has_room())  # the line hears the new run
+        before = line.run
+        own_site.start()
+        wait_for(line, lambda: line.run != before and feed.has_room())  # the line hears the new run
         assert feed.send(picture(), is_simulated=False)
         wait_for(line, lambda: 4 in told(line))
         assert {seq: reason for seq, (_, reason, _) in told(line).items()} == {

@@ -79,9 +79,9 @@ def gige_camera():
     return running(FAKE_CAMERA, "-i", "127.0.0.1", "-s", "T01", until=is_found)
 
 
-@pytest.fixture
-def site(tmp_path):
-    site = make_site(tmp_path / "site")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    site = make_site(tmp_path_factory.mktemp("live") / "site")
     site.start()
     yield site
     assert site.stop() == 0, site.log
