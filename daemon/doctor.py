@@ -93,20 +93,14 @@ def _rights(config: Config, peer: Peer) -> Iterator[Finding]:
             yield Finding("FAIL", f"peer {peer.name} as {role}: its topics allow none of {', '.join(topics[role])}")
 
 
-_KINDS = {
-    "router": zmq.DEALER,
-    "pull": zmq.PUSH,
-    "imagezmq-rep": zmq.REQ,
-    "results": zmq.SUB,
-    "permits": zmq.DEALER,
-}
+_KINDS = {"router": zmq.DEALER, "pull": zmq.PUSH, "results": zmq.SUB, "permits": zmq.DEALER}
 
 
 def _handshakes(config: Config, keys: PeerFile) -> Iterator[Finding]:
     for path, endpoint in config.endpoints():
-        if endpoint.bind.startswith("tcp://") and not endpoint.connects:
-            kind = _KINDS[endpoint.kind if isinstance(endpoint, Input) else path]
-            yield _handshake(f"{path}: {endpoint.bind}", endpoint, kind, keys)
+        kind = endpoint.kind if isinstance(endpoint, Input) else path
+        if endpoint.bind.startswith("tcp://") and kind in _KINDS:  # imageZMQ's senders have no keys to be refused
+            yield _handshake(f"{path}: {endpoint.bind}", endpoint, _KINDS[kind], keys)
 
 
 def _handshake(place: str, endpoint: Endpoint, kind: int, keys: PeerFile) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -238,6 +239,30 @@ def test_frames_of_a_publisher_are_judged_also_after_it_came_back(site):
         assert {(header["outcome"], header["reason"]) for header in line.foreign} == {("REJECT", "DEFECT")}
         assert len({header["epoch"] for header in line.foreign}) == 1
         assert [header["seq"] for header in line.foreign] == list(range(len(line.foreign)))
+
+
+def test_doctor_asks_a_key_only_where_keys_are_asked_for(site):
+    done = site.run_command("doctor", "--peer", "keys/line.peer.yaml")
+    assert (done.returncode, "FAIL" in done.stdout) == (0, False), done.stdout
+    assert "inputs[0]" in done.stdout
+    assert not {"inputs[1]", "inputs[2]"} & set(re.findall(r"inputs\[\d\]", done.stdout))
+
+
+def test_doctor_looks_for_the_hubs_port_and_not_for_the_publishers(tmp_path):
+    site = hub_site(tmp_path)
+    site.write_config()
+    told = site.run_command("doctor").stdout
+    assert re.search(r"ok +inputs\[1\]: 127\.0\.0\.1:\d+ is free", told)
+    assert "inputs[2]" not in told
+
+
+def test_hub_whose_address_is_held_ends_at_once_and_says_so(tmp_path, context):
+    site = hub_site(tmp_path)
+    holder = context.socket(zmq.REP)
+    holder.bind(hub_address(site))
+    site.start(wait=False)
+    assert site.process.wait(60) == 78
+    assert "another process holds it" in site.log
 
 
 # --- senders that wait for an answer which was lost

@@ -447,9 +447,9 @@ def test_ports_do_not_start_when_a_socket_lets_strangers_in(
 ) -> None:
     """The socket is opened without CURVE although its configuration asks for it."""
 
-    def forgetful(context: Any, kind: int, endpoint: Endpoint, *rest: Any) -> Any:
+    def forgetful(context: Any, kind: int, endpoint: Endpoint, *rest: Any, **more: Any) -> Any:
         forgets = endpoint.bind == wanted.get(path)
-        return bind(context, kind, endpoint.model_copy(update={"plain": True}) if forgets else endpoint, *rest)
+        return bind(context, kind, endpoint.model_copy(update={"plain": True}) if forgets else endpoint, *rest, **more)
 
     binds = {"inputs[0]": tcp(), "results": tcp(), "permits": tcp()}
     wanted = {path: binds[path]}
