@@ -70,9 +70,10 @@ class CameraProcess:
         notify("READY=1", "STATUS=opening the source")
         while not self._is_stopping:
             try:
+                self._looked_ns = time.monotonic_ns()
                 self._source.open()
                 log.info("source open")
-                self._due_ns = self._looked_ns = time.monotonic_ns()
+                self._due_ns = time.monotonic_ns()
                 self._silent_s = time.monotonic() + _SILENT_S
                 while not self._is_stopping:
                     self._go_on()

@@ -173,7 +173,9 @@ def addresses_of(config: Config) -> Addresses:
     """The addresses that a client on this machine connects to. Raises UsageError if there is no router input."""
     router = next((entry.bind for entry in config.inputs if entry.kind == "router"), None)
     if router is None:
-        raise UsageError("the configuration has no input of kind router, where frames are answered; add one, or name another daemon")
+        raise UsageError(
+            "the configuration has no input of kind router, where frames are answered; add one, or name another daemon"
+        )
     local = [
         bind.replace("//*:", "//127.0.0.1:").replace("//0.0.0.0:", "//127.0.0.1:")
         for bind in (router, config.results.bind, config.permits.bind)

@@ -638,6 +638,28 @@ def test_request_that_waited_while_the_source_hung_takes_no_picture_of_another_p
     assert "the part has gone by" in asked(picture()).ask(b"A1")["error"]
 
 
+def test_request_that_waited_while_the_source_was_opened_takes_no_picture_either(feed, tmp_path):
+    address = f"ipc://{tmp_path}/trigger.sock"
+    source = Obedient(picture(), picture())
+    source.open = lambda: time.sleep(2 * camera_module._STALE_NS / 1e9)
+    trigger = Trigger(address)
+    context = zmq.Context()
+    early = context.socket(zmq.REQ)
+    early.rcvtimeo = 10_000
+    early.connect(address)
+    early.send(b"A1")
+    assert trigger.socket.poll(10_000)
+    process = CameraProcess(source, feed, trigger, count=1)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    assert "the part has gone by" in json.loads(early.recv())["error"]
+    early.send(b"A2")
+    assert json.loads(early.recv())["seq"] == 1
+    thread.join(10)
+    context.destroy(linger=0)
+    trigger.close()
+
+
 def test_trigger_socket_is_for_owner_and_group(tmp_path):
     trigger = Trigger(f"ipc://{tmp_path}/t.sock")
     assert (tmp_path / "t.sock").stat().st_mode & 0o777 == 0o660
