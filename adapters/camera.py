@@ -174,9 +174,12 @@ class CameraProcess:
         return trigger.next()
 
     def _turn_away(self, error: str) -> None:
+        waiting = []  # who is answered may ask again at once, and is not meant
         while self._trigger is not None and (request := self._trigger.next()) is not None:
+            waiting.append(request)
+        for late in waiting:
             self._feed.skip()
-            self._fail(request, error)
+            self._fail(late, error)
 
     def _fail(self, request: Request | None, error: str) -> None:
         if request is not None and self._trigger is not None:

@@ -566,7 +566,7 @@ class Asked:
     def __init__(self, feed, source, address):
         self.trigger = Trigger(address)
         self.process = CameraProcess(source, feed, self.trigger)
-        self.thread = threading.Thread(target=self.process.run)
+        self.thread = threading.Thread(target=self.process.run, daemon=True)
         self.thread.start()
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.REQ)
@@ -650,7 +650,7 @@ def test_request_that_waited_while_the_source_was_opened_takes_no_picture_either
     early.send(b"A1")
     assert trigger.socket.poll(10_000)
     process = CameraProcess(source, feed, trigger, count=1)
-    thread = threading.Thread(target=process.run)
+    thread = threading.Thread(target=process.run, daemon=True)
     thread.start()
     assert "the part has gone by" in json.loads(early.recv())["error"]
     early.send(b"A2")
