@@ -395,10 +395,18 @@ class Sender:
         self.process.wait(10)
 
 
-@pytest.mark.parametrize("kind", ["image", "jpg", "sub"])
-def test_stock_sender_survives_a_killed_and_a_stopped_daemon(tmp_path, kind):
+@pytest.fixture
+def own_site(tmp_path):
     site = hub_site(tmp_path)
     site.start()
+    yield site
+    if site.process is not None:
+        site.kill()
+
+
+@pytest.mark.parametrize("kind", ["image", "jpg", "sub"])
+def test_stock_sender_survives_a_killed_and_a_stopped_daemon(own_site, tmp_path, kind):
+    site = own_site
     camera, address = ("cam3", publisher_address(site)) if kind == "sub" else ("cam2", hub_address(site))
     sender = Sender(tmp_path, address, kind)
     try:
