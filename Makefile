@@ -107,11 +107,11 @@ endif
 install-files: own-folder
 	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
 	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
-	for name in inspectd.service inspectd-plc@.service inspectd-dashboard.service; do \
+	for name in inspectd.service inspectd-plc@.service inspectd-camera@.service inspectd-dashboard.service; do \
 		$(TO_PREFIX) systemd/$$name | install -m 0644 /dev/stdin $(UNITS)/$$name || exit; done
 	for name in nvidia jetson; do \
 		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
-	for name in install plc dashboard; do \
+	for name in install plc cameras dashboard; do \
 		$(TO_PREFIX) docs/$$name.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$name.md || exit; done
 	for name in inspectd inspectd-dashboard; do \
 		install -m 0644 systemd/$$name.sysusers $(DESTDIR)/usr/lib/sysusers.d/$$name.conf || exit; \
@@ -124,9 +124,12 @@ install-files: own-folder
 
 uninstall: own-folder  ## leaves the account, /var/lib/inspectd and what you put into /etc
 ifeq ($(DESTDIR),)
-	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service inspectd-dashboard.service; fi
+	if [ -d /run/systemd/system ]; then systemctl disable --now inspectd.service inspectd-dashboard.service; \
+		systemctl stop 'inspectd-camera@*.service' 'inspectd-plc@*.service'; \
+		systemctl disable inspectd-camera@.service inspectd-plc@.service; fi
 endif
-	rm -f $(UNITS)/inspectd.service $(UNITS)/inspectd-plc@.service $(UNITS)/inspectd-dashboard.service
+	for name in inspectd.service inspectd-plc@.service inspectd-camera@.service inspectd-dashboard.service; do \
+		rm -f $(UNITS)/$$name || exit; done
 	for name in inspectd inspectd-dashboard; do \
 		rm -f $(DESTDIR)/usr/lib/sysusers.d/$$name.conf $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
 	rm -rf $(HOUSE)

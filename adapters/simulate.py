@@ -14,9 +14,9 @@ import click
 import numpy as np
 
 from adapters.line import Addresses, Line, SentPart, disagreements, open_line
+from adapters.sources import on_the_wire
 from daemon.config import Config, load_config
 from daemon.errors import DataError, UsageError
-from daemon.inspection.pipeline import for_display
 from daemon.keys import load_peer_file
 from daemon.score import list_images, read_image
 from daemon.types import Header, RawFrame
@@ -49,14 +49,9 @@ def load_pictures(folder: Path) -> list[Picture]:
     """Every image below `folder`, as raw frames (16-bit gray stays 16 bit). Raises DataError."""
     pictures, total = [], 0
     for path in list_images([folder]):
-        frame = read_image(path)
-        gray = frame.pixels.shape[2] == 1
-        deep = frame.pixels.dtype == np.uint16 and gray
-        pixels = frame.pixels if deep or frame.pixels.dtype == np.uint8 else for_display(frame)[:, :, ::-1]
-        pixel_format = "Mono16" if deep else "Mono8" if gray else "RGB8"
-        shape = pixels.shape[:2] if gray else pixels.shape
+        pixels, pixel_format = on_the_wire(read_image(path))
         label = "good" if path.parent.name == "good" else "defect"
-        pictures.append(Picture(str(path.relative_to(folder)), label, pixel_format, shape, pixels.tobytes()))
+        pictures.append(Picture(str(path.relative_to(folder)), label, pixel_format, pixels.shape, pixels.tobytes()))
         total += pixels.nbytes
         if total > _MOST_PRELOADED_BYTES:
             raise DataError(f"{folder}: holds more than 1 GiB of pixels; simulate a smaller folder")
@@ -178,7 +173,9 @@ def addresses_of(config: Config) -> Addresses:
     """The addresses that a client on this machine connects to. Raises UsageError if there is no router input."""
     router = next((entry.bind for entry in config.inputs if entry.kind == "router"), None)
     if router is None:
-        raise UsageError("the configuration has no input of kind router, which the simulator needs for its answers")
+        raise UsageError(
+            "the configuration has no input of kind router, where frames are answered; add one, or name another daemon"
+        )
     local = [
         bind.replace("//*:", "//127.0.0.1:").replace("//0.0.0.0:", "//127.0.0.1:")
         for bind in (router, config.results.bind, config.permits.bind)

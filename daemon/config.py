@@ -7,67 +7,15 @@ what runs. Relative paths are taken from the folder of the file.
 from __future__ import annotations
 
 import difflib
-import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from daemon.endpoints import LOOPBACK, Endpoint, Input, Name, Section, check_address
 from daemon.errors import ConfigError
 from daemon.yamlfile import YamlError, parse_yaml
-
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-Name = Annotated[str, Field(pattern=_NAME)]
-_LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
-
-
-def _address(bind: str) -> str:
-    """tcp://host:port with a port that exists, or ipc://path."""
-    scheme, separator, rest = bind.partition("://")
-    host, _, port = rest.rpartition(":")
-    host = "" if "/" in host else host
-    is_tcp = scheme == "tcp" and bool(host) and port.isdigit() and 0 < int(port) < 65_536
-    if not separator or not rest or not (is_tcp or scheme == "ipc"):
-        raise ValueError("wanted tcp://host:port with a port from 1 to 65535, or ipc://path")
-    return bind
-
-
-Bind = Annotated[str, AfterValidator(_address)]
-
-
-class Section(BaseModel):
-    """Strict: a key that is not in the schema is an error, and so is a number written as a string."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Endpoint(Section):
-    """A socket the daemon binds. tcp speaks CURVE unless `plain` says otherwise, which only loopback may."""
-
-    bind: Bind
-    plain: bool = False
-
-    @property
-    def uses_curve(self) -> bool:
-        return self.bind.startswith("tcp://") and not self.plain
-
-    @property
-    def is_open(self) -> bool:
-        """Whether somebody beyond this machine could speak to it without a key."""
-        return self.plain and self.bind.startswith("tcp://") and not _LOOPBACK.match(self.bind)
-
-
-class Input(Endpoint):
-    kind: Literal["router", "pull", "shm"]
-
-    @model_validator(mode="after")
-    def _shared_memory_is_local(self) -> Input:
-        if self.kind == "shm" and not self.bind.startswith("ipc://"):
-            raise ValueError(
-                f"bind is {self.bind}, wanted ipc://path: frames in shared memory come from this box alone"
-            )
-        return self
 
 
 class Results(Endpoint):
@@ -96,7 +44,7 @@ class Control(Section):
 
 
 class Metrics(Section):
-    bind: Annotated[str, AfterValidator(lambda bind: _address(f"tcp://{bind}").removeprefix("tcp://"))]
+    bind: Annotated[str, AfterValidator(lambda bind: check_address(f"tcp://{bind}").removeprefix("tcp://"))]
 
     @property
     def address(self) -> tuple[str, int]:
@@ -204,17 +152,33 @@ def _faults_of_the_whole(data: dict[Any, Any]) -> list[str]:
     insecure = isinstance(security, dict) and security.get("insecure") is True
     problems, first_at = [], dict[str, str]()
     for path, entry in sockets.items():
-        bind = entry.get("bind")
+        bind = entry.get("connect", entry.get("bind"))
         if not isinstance(bind, str):
             continue
-        if entry.get("plain") is True and bind.startswith("tcp://") and not _LOOPBACK.match(bind) and not insecure:
+        if entry.get("plain") is True and bind.startswith("tcp://") and not LOOPBACK.match(bind) and not insecure:
+            remedy = "let the publisher be on this machine" if "connect" in entry else "remove plain"
             problems.append(
                 f"{path}: plain: true on {bind}, which is not loopback: anybody who reaches it could send frames or "
-                "take results; remove plain, or set security.insecure: true on a test bench"
+                f"take results; {remedy}, or set security.insecure: true on a test bench"
             )
         if bind in first_at:
             problems.append(f"{path}: {bind} is bound by {first_at[bind]} already")
         first_at.setdefault(bind, path)
+    return problems + _faults_of_cameras(sockets, data.get("cameras"))
+
+
+def _faults_of_cameras(sockets: dict[str, dict[Any, Any]], cameras: Any) -> list[str]:
+    """An input's camera must be one of the file's, and have no other input of the kind: each numbers its frames."""
+    problems, first_at = [], dict[str, str]()
+    for path, entry in sockets.items():
+        camera = entry.get("camera")
+        if not isinstance(camera, str) or not isinstance(cameras, dict):
+            continue
+        if camera not in cameras:
+            problems.append(f"{path}.camera: found {camera!r}, wanted one of cameras: {', '.join(map(str, cameras))}")
+        if camera in first_at:
+            problems.append(f"{path}.camera: {camera} has its frames from {first_at[camera]} already")
+        first_at.setdefault(camera, path)
     return problems
 
 

@@ -14,7 +14,8 @@ from typing import Literal
 import zmq
 
 from daemon.bundle import current_bundle, open_bundle
-from daemon.config import Config, Endpoint, Input, load_config
+from daemon.config import Config, load_config
+from daemon.endpoints import Endpoint, Input
 from daemon.errors import InspectError
 from daemon.inspection.backend import open_backend
 from daemon.inspection.golden import check_golden
@@ -97,9 +98,9 @@ _KINDS = {"router": zmq.DEALER, "pull": zmq.PUSH, "results": zmq.SUB, "permits":
 
 def _handshakes(config: Config, keys: PeerFile) -> Iterator[Finding]:
     for path, endpoint in config.endpoints():
-        if endpoint.bind.startswith("tcp://"):
-            kind = _KINDS[endpoint.kind if isinstance(endpoint, Input) else path]
-            yield _handshake(f"{path}: {endpoint.bind}", endpoint, kind, keys)
+        kind = endpoint.kind if isinstance(endpoint, Input) else path
+        if endpoint.bind.startswith("tcp://") and kind in _KINDS:  # imageZMQ's senders have no keys to be refused
+            yield _handshake(f"{path}: {endpoint.bind}", endpoint, _KINDS[kind], keys)
 
 
 def _handshake(place: str, endpoint: Endpoint, kind: int, keys: PeerFile) -> Finding:
@@ -186,7 +187,7 @@ def _ports(config: Config) -> Iterator[Finding]:
     for path, endpoint in config.endpoints():
         if endpoint.is_open:
             yield Finding("WARN", f"{path}: {endpoint.bind} is plain: anybody who reaches it can speak there")
-        if endpoint.bind.startswith("tcp://"):
+        if endpoint.bind.startswith("tcp://") and not endpoint.connects:
             host, _, port = endpoint.bind.removeprefix("tcp://").rpartition(":")
             yield _port(path, host, port)
 

@@ -164,8 +164,10 @@ def load_trusted(path: Path) -> list[TrustedKey]:
 
 
 def load_peer_file(path: Path) -> PeerFile:
-    """A peer's own key file, as `keygen peer` wrote it. Raises ConfigError."""
-    return _load(path, PeerFile, hint="make it with: inspectd keygen peer NAME", secret=True)
+    """A peer's own key file, as `keygen peer` wrote it, or as systemd hands it over. Raises ConfigError."""
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    is_credential = credentials is not None and path.parent == Path(credentials)  # its mode: see _load_server
+    return _load(path, PeerFile, hint="make it with: inspectd keygen peer NAME", secret=not is_credential)
 
 
 def make_signing_key(folder: Path, name: str = "local") -> Ed25519PrivateKey:

@@ -273,6 +273,7 @@ class Service:
         self._journal.tend(lambda: snapshot(self.dispatcher.book, self.run_id), time.time_ns())
         self._desk.degraded = "JOURNAL" if self._journal.fault is not None else None
         self._denials.tick()
+        self._ports.greet(now_ns)
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
         self._metrics.permits_unacked.set(self._desk.unacked)
         self._metrics.permit_lease_seconds.set(self._desk.quietest_s(now_ns))

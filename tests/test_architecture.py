@@ -27,7 +27,7 @@ FOREIGN = {
     "onnx",
 }
 CELLAR = {"types", "errors", "yamlfile"}
-GROUND = {"bundle", "config", "keys", "logs"}
+GROUND = {"bundle", "config", "endpoints", "keys", "logs"}
 KNOW_ALL_WINGS = {"dispatch", "service"}
 
 MOST_FILE_LINES = 350

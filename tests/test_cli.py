@@ -24,7 +24,7 @@ from tests.bundles import bad_pixels, good_pixels
 from tests.daemons import ROOT, Site, make_site
 
 COMMANDS = ("run", "check-config", "doctor", "keygen", "score", "ledger", "status", "pause", "resume", "drain")
-GUESTS = ("evaluate", "simulate", "bench")  # of the trainer and the adapters
+GUESTS = ("evaluate", "simulate", "bench", "camera")  # of the trainer and the adapters
 
 
 @dataclass(frozen=True)

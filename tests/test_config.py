@@ -317,6 +317,7 @@ def test_switch_that_is_not_true_or_false_is_refused(path: str, value: object) -
         ("backend.precision", "fp16"),
         ("cameras.cam1.mode", "newest"),
         ("inputs.0.kind", "rep"),
+        ("inputs.0.kind", "imagezmq-pub"),
         ("line", "so/lar"),
         ("line", ""),
         ("line", 5),
@@ -428,6 +429,60 @@ def test_endpoint_with_curve_may_be_anywhere(bind: str) -> None:
 )
 def test_address_bound_twice_is_refused(path: str, bind: str) -> None:
     assert f"{bind} is bound by " in only_problem((path, bind))
+
+
+# --- stock imageZMQ senders
+
+HUB = {"kind": "imagezmq-rep", "bind": "tcp://127.0.0.1:5555", "camera": "cam1", "plain": True}
+PUBLISHER = {"kind": "imagezmq-sub", "connect": "tcp://127.0.0.1:5556", "camera": "cam1", "plain": True}
+
+
+def with_input(entry: dict[str, object], **changes: object) -> tuple[str, object]:
+    return "inputs", [{key: value for key, value in {**entry, **changes}.items() if value is not REMOVED}]
+
+
+def test_imagezmq_inputs_say_whose_frames_they_bring() -> None:
+    (hub,) = parsed(with_input(HUB)).inputs
+    assert (hub.is_imagezmq, hub.camera, hub.connects, hub.uses_curve) == (True, "cam1", False, False)
+    (publisher,) = parsed(with_input(PUBLISHER)).inputs
+    assert (publisher.is_imagezmq, publisher.bind, publisher.connects) == (True, "tcp://127.0.0.1:5556", True)
+
+
+def test_ipc_publisher_is_anchored_too() -> None:
+    (publisher,) = parsed(with_input(PUBLISHER, connect="ipc://run/pub.sock", plain=REMOVED)).inputs
+    assert publisher.bind == f"ipc://{BASE}/run/pub.sock"
+
+
+@pytest.mark.parametrize(
+    ("entry", "changes", "told"),
+    [
+        (HUB, {"camera": REMOVED}, "camera is missing"),
+        (HUB, {"camera": "cam9"}, "found 'cam9', wanted one of cameras: "),
+        (HUB, {"kind": "router"}, "each message of router names its own"),
+        (HUB, {"connect": "tcp://127.0.0.1:1", "bind": REMOVED}, "bind: is missing"),
+        (HUB, {"bind": "tcp://0.0.0.0:5555"}, "remove plain, or set security.insecure"),
+        (PUBLISHER, {"bind": "tcp://127.0.0.1:1"}, "wants its address: connect:"),
+        (PUBLISHER, {"connect": REMOVED}, "wants its address: connect:"),
+        (PUBLISHER, {"connect": 5556}, "wants its address: connect:"),
+        (PUBLISHER, {"connect": "127.0.0.1"}, "connect is '127.0.0.1', wanted tcp://host:port"),
+        (PUBLISHER, {"connect": "tcp://10.0.0.9:5555"}, "let the publisher be on this machine"),
+        (PUBLISHER, {"plain": False}, "has no key; wanted plain: true"),
+    ],
+)
+def test_imagezmq_input_that_cannot_work_is_refused(
+    entry: dict[str, object], changes: dict[str, object], told: str
+) -> None:
+    assert any(told in problem for problem in problems(changed(with_input(entry, **changes))))
+
+
+def test_imagezmq_sender_on_the_network_needs_insecure() -> None:
+    config = parsed(with_input(HUB, bind="tcp://0.0.0.0:5555"), ("security.insecure", True))
+    assert config.inputs[0].is_open
+
+
+def test_two_imagezmq_inputs_cannot_feed_one_camera() -> None:
+    data = ("inputs", [HUB, PUBLISHER])
+    assert only_problem(data) == "inputs[1].camera: cam1 has its frames from inputs[0] already"
 
 
 # --- files that are no configuration

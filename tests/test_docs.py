@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from daemon.keys import make_peer
 from daemon.line.wire import PIXEL_FORMATS
 from daemon.record.metrics import Metrics
 from daemon.types import Reason, Refusal
-from tests.daemons import ROOT, make_site
+from tests.daemons import ROOT, make_site, tcp
 
 WIRE = (ROOT / "docs/wire.md").read_text()
 
@@ -80,6 +81,41 @@ def test_the_javascript_sender_runs_as_printed(site, node_modules):
         ["node", "sender.mjs"], cwd=site.folder, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.split() == ["accepted"] * 10, done.stderr
+
+
+@pytest.fixture(scope="module")
+def sender_in_c(tmp_path_factory):
+    """examples/sender.c, built by the command in its head."""
+    source = (ROOT / "examples/sender.c").read_text()
+    command = re.search(r"^ \*   (cc .*) -o sender (examples/sender\.c .*)$", source, re.MULTILINE)
+    built = tmp_path_factory.mktemp("c") / "sender"
+    try:
+        subprocess.run(["cc", "-E", "-include", "zmq.h", "-x", "c", "/dev/null"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("cc or libzmq's headers are not installed: apt install gcc libc6-dev libzmq3-dev")
+    full = [*command[1].split(), "-Werror", "-o", built, *command[2].split()]
+    subprocess.run(full, cwd=ROOT, check=True)
+    return built
+
+
+def run_c(site, built, address, line="solar"):
+    command = [built, "keys/cam1.peer.yaml", address, line, "cam1"]
+    return subprocess.run(command, cwd=site.folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_c_sender_is_accepted_with_its_key(site, sender_in_c):
+    done = run_c(site, sender_in_c, site.config["inputs"][0]["bind"])
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(answer["seq"], answer["status"]) for answer in answers] == [(seq, "accepted") for seq in range(10)]
+
+
+def test_the_c_sender_says_when_it_is_refused_or_alone(site, sender_in_c):
+    refused = run_c(site, sender_in_c, site.config["inputs"][0]["bind"], line="moon")
+    assert (refused.returncode, refused.stdout.count("FORBIDDEN")) == (1, 10)
+    alone = run_c(site, sender_in_c, tcp())
+    assert alone.returncode == 1
+    assert "no daemon takes the frame" in alone.stderr
 
 
 def test_both_senders_are_short():

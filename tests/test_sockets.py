@@ -16,7 +16,8 @@ import pytest
 import yaml
 import zmq
 
-from daemon.config import Config, Endpoint, parse_config
+from daemon.config import Config, parse_config
+from daemon.endpoints import Endpoint
 from daemon.errors import ConfigError
 from daemon.keys import Keyring, PeerFile, load_keyring, load_peer_file, make_peer, make_server_key
 from daemon.line import ports as ports_module
@@ -328,7 +329,7 @@ def test_part_above_the_limit_is_not_taken(context: Any, tmp_path: Path) -> None
 # A process of its own: with ZMTP's heartbeats libzmq aborts it when the next one is due.
 FLOOD_AND_GO = """
 import sys, time, zmq
-from daemon.config import Endpoint
+from daemon.endpoints import Endpoint
 from daemon.line.sockets import Bounds, bind, connect
 near, far = zmq.Context(), zmq.Context()
 daemon = bind(near, zmq.ROUTER, Endpoint(bind=sys.argv[1], plain=True), None, Bounds(10_000))
@@ -357,7 +358,7 @@ def test_peer_that_fills_the_queue_and_goes_does_not_end_the_daemon() -> None:
 # A process of its own, because libzmq's answer to a queue that outlived its connection is to abort.
 STALLED_PEER = """
 import sys, zmq
-from daemon.config import Endpoint
+from daemon.endpoints import Endpoint
 from daemon.line import sockets
 sockets._PEER_GONE_S = 2
 kind, address = getattr(zmq, sys.argv[1]), sys.argv[2]
@@ -446,9 +447,9 @@ def test_ports_do_not_start_when_a_socket_lets_strangers_in(
 ) -> None:
     """The socket is opened without CURVE although its configuration asks for it."""
 
-    def forgetful(context: Any, kind: int, endpoint: Endpoint, *rest: Any) -> Any:
+    def forgetful(context: Any, kind: int, endpoint: Endpoint, *rest: Any, **more: Any) -> Any:
         forgets = endpoint.bind == wanted.get(path)
-        return bind(context, kind, endpoint.model_copy(update={"plain": True}) if forgets else endpoint, *rest)
+        return bind(context, kind, endpoint.model_copy(update={"plain": True}) if forgets else endpoint, *rest, **more)
 
     binds = {"inputs[0]": tcp(), "results": tcp(), "permits": tcp()}
     wanted = {path: binds[path]}

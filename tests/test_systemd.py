@@ -295,7 +295,7 @@ def test_every_path_that_the_unit_names_is_installed_or_made(installed):
     make_folders(installed)
     named = set()
     for place in (
-        installed / "usr/lib/systemd/system/inspectd.service",
+        *(installed / "usr/lib/systemd/system").iterdir(),
         *(installed / "opt/inspectd/share/dropins").iterdir(),
     ):
         named |= {path.rstrip(".") for path in re.findall(r"(?:/opt|/var/lib)/inspectd[\w./-]*", place.read_text())}
@@ -328,7 +328,7 @@ def test_the_account_has_no_shell_and_lives_where_the_service_does(tmp_path, ins
 
 def test_installed_files_are_readable_by_the_service_and_writable_by_root_alone(installed):
     files = [path for path in installed.rglob("*") if path.is_file()]
-    assert len(files) == 14
+    assert len(files) == 16
     assert {mode(path) for path in files} == {0o644}
     folders = {path for path in installed.rglob("*") if path.is_dir()}
     shown = installed / "var/lib/inspectd-dashboard"

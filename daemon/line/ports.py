@@ -9,12 +9,14 @@ from typing import Any
 
 import zmq
 
-from daemon.config import Config, Endpoint, Input
+from daemon.config import Config
+from daemon.endpoints import Endpoint, Input
 from daemon.errors import ConfigError
 from daemon.keys import Keyring
 from daemon.line.denials import Denied
+from daemon.line.greeter import Greeter
 from daemon.line.shm import Rings
-from daemon.line.sockets import Bounds, Doorman, Watch, ZapGate, bind, refuses_strangers, sender_key
+from daemon.line.sockets import Bounds, Doorman, Watch, ZapGate, bind, refuses_strangers, sender_key, subscribe_to_all
 from daemon.line.wire import MAX_HEADER_BYTES
 
 log = logging.getLogger("inspectd.ports")
@@ -46,6 +48,7 @@ class Ports:
         self._sockets: list[zmq.Socket[bytes]] = []
         self.doorman = Doorman(keyring, denied)
         self.inputs: dict[zmq.Socket[bytes], Input] = {}
+        self.greeters: dict[zmq.Socket[bytes], Greeter] = {}  # of inputs to which stock imageZMQ senders connect
         self._keyring = keyring
         self._denied = denied
         self._watches: list[Watch] = []
@@ -61,9 +64,7 @@ class Ports:
     def _open(self) -> None:
         config = self._config
         for entry in config.inputs:
-            kind = zmq.PULL if entry.kind == "pull" else zmq.ROUTER
-            bounds = Bounds(_SMALL if entry.kind == "shm" else config.queue_mb << 20)
-            self.inputs[self._bind(kind, entry, bounds)] = entry
+            self.inputs[self._open_input(entry)] = entry
         self.results = self._bind(zmq.XPUB, config.results, Bounds(_SMALL, send=_RESULTS_WAITING))
         # Each subscription is asked about before it counts: a key hears only its own topics.
         self.results.set(zmq.XPUB_MANUAL, 1)
@@ -72,10 +73,26 @@ class Ports:
         control = Endpoint(bind=config.control.bind, plain=True)
         self.control = self._bind(zmq.ROUTER, control, Bounds(_SMALL))
 
+    def _open_input(self, entry: Input) -> zmq.Socket[bytes]:
+        bounds = Bounds(_SMALL if entry.kind == "shm" else self._config.queue_mb << 20)
+        if not entry.connects:
+            return self._bind(zmq.PULL if entry.kind == "pull" else zmq.ROUTER, entry, bounds)
+        if entry.is_open:
+            log.warning("INSECURE connect=%s plain=true: anybody on the way can speak for it", entry.bind)
+        socket = subscribe_to_all(self._context, entry.bind, bounds)
+        self._sockets.append(socket)
+        return socket
+
     def _bind(self, kind: int, endpoint: Endpoint, bounds: Bounds) -> zmq.Socket[bytes]:
         if endpoint.is_open:
             log.warning("INSECURE bind=%s plain=true: anybody who reaches this address can speak here", endpoint.bind)
-        socket = bind(self._context, kind, endpoint, self._keyring, bounds)
+
+        def greet(socket: zmq.Socket[bytes]) -> None:
+            self.greeters[socket] = Greeter(self._context, socket)
+
+        # A socket has one monitor, and where keys are asked for that is the Watch's: no stock sender comes there.
+        is_greeted = isinstance(endpoint, Input) and endpoint.is_imagezmq and not endpoint.uses_curve
+        socket = bind(self._context, kind, endpoint, self._keyring, bounds, before=greet if is_greeted else None)
         self._sockets.append(socket)
         return socket
 
@@ -123,10 +140,16 @@ class Ports:
         ):
             self.results.setsockopt(zmq.SUBSCRIBE, topic)
 
+    def greet(self, now_ns: int) -> None:
+        for greeter in self.greeters.values():
+            greeter.tick(now_ns)
+
     def close(self, linger_ms: int) -> None:
         """Close everything; what was sent has `linger_ms` to leave."""
         for watch in self._watches:
             watch.close()
+        for greeter in self.greeters.values():
+            greeter.close()
         for socket in self._sockets:
             socket.close(linger=linger_ms)
         self.rings.close()

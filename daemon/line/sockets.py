@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 from zmq.auth.base import Authenticator
 
-from daemon.config import Endpoint
+from daemon.endpoints import Endpoint
 from daemon.errors import ConfigError
 from daemon.keys import Keyring, PeerFile, Role
 from daemon.line.denials import Denied
@@ -112,14 +113,21 @@ class Bounds:
 
 
 def bind(
-    context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: Endpoint, keyring: Keyring | None, bounds: Bounds
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    endpoint: Endpoint,
+    keyring: Keyring | None,
+    bounds: Bounds,
+    *,
+    before: Callable[[zmq.Socket[bytes]], object] | None = None,
 ) -> zmq.Socket[bytes]:
-    """A bound socket as config asks. Raises ConfigError where the address cannot be had."""
+    """A bound socket as config asks; `before` gets it while nobody can have connected yet.
+
+    Raises ConfigError where the address cannot be had.
+    """
     socket = context.socket(kind)
     socket.linger = 0
-    socket.setsockopt(zmq.MAXMSGSIZE, bounds.most_bytes)
-    socket.set(zmq.RCVHWM, bounds.receive)
-    socket.set(zmq.SNDHWM, bounds.send)
+    _limit(socket, bounds)
     if endpoint.bind.startswith("tcp://"):
         _notice_silence(socket)
         socket.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
@@ -130,6 +138,8 @@ def bind(
         socket.curve_secretkey = keyring.server.secretKey.encode()
         socket.curve_publickey = keyring.server.publicKey.encode()
         socket.zap_domain = _ZAP_DOMAIN
+    if before is not None:
+        before(socket)
     try:
         _bind_private(socket, endpoint.bind)
     except zmq.ZMQError as error:
@@ -137,6 +147,25 @@ def bind(
         raise ConfigError(
             endpoint.bind, [f"cannot be bound: {error.strerror}{_bind_hint(endpoint.bind, error.errno)}"]
         ) from error
+    return socket
+
+
+def _limit(socket: zmq.Socket[bytes], bounds: Bounds) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, bounds.most_bytes)
+    socket.set(zmq.RCVHWM, bounds.receive)
+    socket.set(zmq.SNDHWM, bounds.send)
+
+
+def subscribe_to_all(context: zmq.Context[zmq.Socket[bytes]], address: str, bounds: Bounds) -> zmq.Socket[bytes]:
+    """A SUB socket that is connected to a plain publisher, there or not yet. Raises ConfigError for a bad address."""
+    socket = _client(context, zmq.SUB, address, None)
+    _limit(socket, bounds)
+    socket.subscribe("")
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(address, [f"cannot be connected to: {error.strerror}"]) from error
     return socket
 
 

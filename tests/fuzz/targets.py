@@ -24,6 +24,7 @@ import numpy as np
 from daemon.bundle import _is_plain, _parse_manifest
 from daemon.config import parse_config
 from daemon.errors import BundleError, ConfigError, FrameError, WireError
+from daemon.hub import HubPart, split_envelope
 from daemon.inspection.decode import decode, encoded_size, lossless, to_plain
 from daemon.keys import Peer, _load
 from daemon.line import shm
@@ -120,6 +121,25 @@ def read_header(data: bytes) -> bool:
 def header_seeds() -> list[bytes]:
     header = {"v": 1, "epoch": "e", "seq": 1, "partId": None, "x": [1.5, True, {"y": "\U0001f600\u2028"}]}
     return [encode_header(header), json.dumps(header, ensure_ascii=False, indent=1).encode(), b"{}"]
+
+
+def read_hub(data: bytes) -> bool:
+    """A message at an endpoint of stock imageZMQ senders."""
+    envelope, parts = split_envelope([memoryview(part) for part in data.split(CUT)])
+    assert envelope[-1] == b""
+    frame = HubPart("line", PartKey("c", "e", 1), parts).frame()
+    assert frame.payload.nbytes > 0
+    if frame.encoding == "raw":
+        assert frame.payload.nbytes == frame.shape[0] * frame.shape[1] * BYTES[frame.pixel_format]
+    return True
+
+
+def hub_seeds() -> list[bytes]:
+    shapes = [("uint8", [2, 3], 1), ("uint8", [2, 3, 1], 1), ("uint8", [2, 3, 3], 3), ("uint16", [2, 3], 2)]
+    raw = [({"msg": "rpi1", "dtype": d, "shape": s}, bytes(range(6 * size))) for d, s, size in shapes]
+    jpeg = cv2.imencode(".jpg", np.arange(80, dtype=np.uint8).reshape(8, 10))[1].tobytes()
+    messages = [*raw, ({"msg": "rpi1"}, jpeg)]
+    return [CUT.join([b"", json.dumps(header).encode(), payload]) for header, payload in messages]
 
 
 # --- images
@@ -427,6 +447,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("frame", read_frame, (WireError, FrameError), frame_seeds, _FRAME_WORDS + _JSON_WORDS),
+        Target("hub", read_hub, (FrameError,), hub_seeds, ("msg", "dtype", "shape", "uint8", "uint16", *_JSON_WORDS)),
         Target("header", read_header, (WireError,), header_seeds, _JSON_WORDS),
         Target(
             "image", read_image, (FrameError,), image_seeds, ("IHDR", "IDAT", "acTL", "fcTL", "tRNS", "PLTE", "Exif")
