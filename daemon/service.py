@@ -12,25 +12,24 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import zmq
 
+from daemon.commands import Commands, set_state, tell_degraded
 from daemon.config import Config
 from daemon.dispatch import Dispatcher, Records
-from daemon.errors import UsageError, WireError
+from daemon.errors import WireError
 from daemon.inspection.engine import DoneBox, Engine
 from daemon.keys import Keyring, load_keyring
-from daemon.line.control import Request, decode_request
 from daemon.line.denials import Denials
 from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
 from daemon.line.ports import Ports, receive
 from daemon.line.wire import decode_header, encode_header
-from daemon.loading import calm_the_interpreter, describe, name_engines, open_engine, open_engines
+from daemon.loading import calm_the_interpreter, describe, open_engine, open_engines
 from daemon.reception import Reception
 from daemon.record.journal import Journal, hold_alone, last_run
 from daemon.record.metrics import Metrics, serve_metrics
@@ -95,7 +94,7 @@ class Service:
         for engine in set(engines.values()):
             engine.start()
         calm_the_interpreter()
-        self._set_state("RUNNING")
+        set_state(self._desk, "RUNNING")
         notify("READY=1", "STATUS=inspecting")
         log.info("ready run=%s cameras=%s recovered_missing=%d", self.run_id, ",".join(config.cameras), recovered)
 
@@ -115,6 +114,10 @@ class Service:
         self._swapper = Swapper(
             config.engines.dir, dispatcher, self._metrics, self._done, lambda folder: open_engine(config, folder)
         )
+        self._commands = Commands(
+            config, self.run_id, ports=self._ports, desk=self._desk, dispatcher=dispatcher, swapper=self._swapper,
+            drain=self._drain, books_fault=lambda: journal.fault,
+        )  # fmt: skip
         # Only from here on may a stop speak for parts in flight: those of the earlier run have their verdict.
         self.dispatcher = dispatcher
         writer = Writer(config, journal, recorder, self._metrics)
@@ -134,7 +137,7 @@ class Service:
             **ports.doors(),
             ports.results: self._serve_subscription,
             ports.permits: self._serve_permit,
-            ports.control: self._serve_control,
+            ports.control: self._commands.serve,
             **{socket: partial(self._reception.serve, socket) for socket in ports.inputs},
         }
         for served in (*serve, self._done.fileno()):
@@ -198,59 +201,15 @@ class Service:
             self._send_permits(self._desk.receive(message.identity, header, time.monotonic_ns()))
         return True
 
-    def _serve_control(self) -> bool:
-        parts = self._ports.control.recv_multipart(zmq.NOBLOCK)
-        try:
-            answer = self._obey(decode_request(parts[1:]), parts[0])
-        except (WireError, UsageError) as error:
-            answer = {"ok": False, "error": str(error)}
-        if answer is not None:
-            self._ports.control.send_multipart([parts[0], encode_header(answer)], zmq.NOBLOCK)
-        return True
-
-    def _obey(self, request: Request, client: bytes) -> Header | None:
-        """The answer, or None where the swapper will give it."""
-        command = request.command
-        if command in ("activate", "rollback"):
-            if self._drain_until_s is not None:
-                raise UsageError("the daemon is draining; try again when it runs again")
-            if command == "activate":
-                self._swapper.activate(request.engine or "", request.shadow, client)
-            else:
-                self._swapper.roll_back(request.engine, client)
-            return None
-        if command == "pause" and self._drain_until_s is None:
-            self.dispatcher.refuses = Refusal.PAUSED
-            self._set_state("PAUSED")
-        elif command == "resume" and self._drain_until_s is None:
-            self.dispatcher.refuses = None
-            self._set_state("RUNNING")
-        elif command == "drain":
-            self._drain()
-        return {"ok": True, **self._status()}
-
     def _swap(self, now_ns: int) -> None:
         """Let a swap go on; bridges hear which engine judges, and whoever asked hears how it went."""
         self._swapper.step(now_ns, self._config.backend.hang_ms)
         if self._swapper.changed:
             self._swapper.changed = False
-            self._send_permits(self._desk.born_again(describe(self._config, self.dispatcher.engines)))
-        for client, answer in self._swapper.answers():
-            with suppress(zmq.ZMQError):  # it has gone away
-                self._ports.control.send_multipart([client, encode_header(answer)], zmq.NOBLOCK)
-
-    def _status(self) -> Header:
-        return {
-            **self._desk.condition,
-            "run": self.run_id,
-            "line": self._config.line,
-            "cameras": list(self._config.cameras),
-            "engines": name_engines(self.dispatcher.engines),
-            "swap": self._swapper.status(),
-            "inFlight": len(self.dispatcher.book.in_flight),
-            "queueBytes": self.dispatcher.used_bytes,
-            "journalFault": self._journal.fault,
-        }
+            engines = self.dispatcher.engines
+            self._send_permits(self._desk.born_again(describe(self._config, engines)))
+            self.dispatcher.watch.engines_changed({engine.pipeline.bundle.digest for engine in engines.values()})
+        self._commands.tell_swaps()
 
     # -- the line's ears (dispatch.Announcer) ------------------------------------------------------
 
@@ -280,7 +239,7 @@ class Service:
 
     def _look_around(self, now_ns: int) -> None:
         self._journal.tend(lambda: snapshot(self.dispatcher.book, self.run_id), time.time_ns())
-        self._desk.degraded = "JOURNAL" if self._journal.fault is not None else None
+        tell_degraded(self._desk, self.dispatcher, self._journal.fault)
         self._denials.tick()
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
         self._metrics.permits_unacked.set(self._desk.unacked)
@@ -300,11 +259,6 @@ class Service:
             self.dispatcher.give_up(Reason.ENGINE_ERROR)
         return bool(hung)
 
-    def _set_state(self, state: str) -> None:
-        self._desk.state = state
-        notify(f"STATUS={state.lower()}")
-        log.info("state=%s", state)
-
     def _on_signal(self, number: int, _frame: object) -> None:
         log.info("signal=%s", signal.Signals(number).name)
         if self._drain_until_s is None and hasattr(self, "dispatcher"):
@@ -316,7 +270,7 @@ class Service:
         """Take in nothing more; the loop ends when every part in flight has its verdict."""
         self._drain_until_s = time.monotonic() + _DRAIN_S
         self.dispatcher.refuses = Refusal.DRAINING
-        self._set_state("DRAINING")
+        set_state(self._desk, "DRAINING")
         notify("STOPPING=1")
 
     def _is_finished(self) -> bool:

@@ -11,17 +11,21 @@ from daemon.errors import InspectError, UsageError, WireError
 from daemon.line.wire import decode_header, encode_header
 from daemon.types import Header
 
-COMMANDS = ("status", "pause", "resume", "drain", "activate", "rollback")
+COMMANDS = ("status", "pause", "resume", "drain", "reset", "activate", "rollback")
 MOST_SHADOWED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Request:
-    """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback."""
+    """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback.
+
+    `camera` is for reset; all of them where it is left out.
+    """
 
     command: str
     engine: str | None = None
     shadow: int = 0  # live frames to compare before the swap
+    camera: str | None = None
 
 
 def decode_request(parts: list[bytes]) -> Request:
@@ -36,7 +40,10 @@ def decode_request(parts: list[bytes]) -> Request:
         raise WireError(f"found engine {engine!r}, wanted text: NAME/VERSION to activate, NAME to roll back")
     if type(shadow) is not int or not 0 <= shadow <= MOST_SHADOWED:
         raise WireError(f"found shadow {shadow!r}, wanted a number of frames from 0 to {MOST_SHADOWED}")
-    return Request(str(command), engine, shadow)
+    camera = fields.get("camera")
+    if not isinstance(camera, str | None):
+        raise WireError(f"found camera {camera!r}, wanted text, or nothing for all cameras")
+    return Request(str(command), engine, shadow, camera)
 
 
 class NoAnswerError(InspectError):
