@@ -287,6 +287,38 @@ def cameras_table() -> str:
     return "\n".join(lines)
 
 
+def drift_table() -> str:
+    """Frames until the alarm on real frames, and false alarms in simulation, from drift.json."""
+    found = _found("drift.json")
+    if not found:
+        return "Not measured yet."
+    sigma = found["sigma"]
+    lines = [
+        "| data (test frames, calibration scores) | fault | seed: DRIFT / SETUP after | of them rejected |",
+        "|---" * 4 + "|",
+    ]
+    faults = {"unchanged": "none, replayed 1,000 times", "dimmed": "15 % less light", "blurred": f"blur, {sigma:g} px"}
+    for name, each in found["sets"].items():
+        head = f"{name} ({each['testFrames']}, {each['calibrationScores']})"
+        for kind, words in faults.items():
+            seeds = {seed: of_seed[kind] for seed, of_seed in each["seeds"].items()}
+            after = "; ".join(f"{seed}: {one['DRIFT'] or '-'} / {one['SETUP'] or '-'}" for seed, one in seeds.items())
+            lines.append(f"| {head} | {words} | {after} | {each['rejected'][kind]:.0%} |")
+    counts = [str(n) for n in next(iter(found["falseAlarms"].values()))]
+    lines += ["", f"| false alarms in 100,000 scores, n = | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for name, of_n in found["falseAlarms"].items():
+        cells = [f"{of_n[n]['mean']:g} (mean of {len(of_n[n]['runs'])})" for n in counts]
+        lines.append(f"| scores as of {name} | {' | '.join(cells)} |")
+    for name, each in found["sets"].items():
+        simulated = each["setupFalseAlarms"]
+        lines.append(f"| frames as of {name}, SETUP | {simulated['mean']:g} (its own n) |" + " - |" * (len(counts) - 1))
+    gauge_ms = max(each["gaugeMs"] for each in found["sets"].values())
+    score_us = max(of_n[n]["microsecondsAScore"] for of_n in found["falseAlarms"].values() for n in counts)
+    return "\n".join(
+        [*lines, "", f"A frame's figures take {gauge_ms:.2f} ms at most, a score's test {score_us:.0f} µs."]
+    )
+
+
 def large_table() -> str:
     """5 megapixels through shared memory: the rate by bank and precision, and the stages alone, from large.json."""
     found = json.loads((RESULTS / "large.json").read_text())
@@ -346,6 +378,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/performance.md", "cameras"): cameras_table(),
         ("docs/performance.md", "large"): large_table(),
         ("docs/reliability.md", "runs"): reliability_table(),
+        ("docs/drift.md", "drift"): drift_table(),
     }
     stale = []
     for (name, mark), block in blocks.items():

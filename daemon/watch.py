@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 
 from daemon.config import Camera
@@ -147,6 +148,9 @@ class Watch:
     def _of(self, camera: str) -> list[_Post]:
         return [post for (name, _), post in list(self._posts.items()) if name == camera]
 
+    def _is_raised(self, camera: str, word: str) -> float:
+        return float(any(word in post.alarms for post in self._of(camera)))
+
     def _show(self, camera: str, metrics: Metrics) -> None:
         """Let the metrics ask when they are asked."""
 
@@ -163,9 +167,7 @@ class Watch:
             lambda: max((post.setup_share for post in self._of(camera)), default=0.0)
         )
         for word in (DRIFT, SETUP):
-            metrics.camera_degraded.labels(camera, word).set_function(
-                lambda word=word: float(any(word in post.alarms for post in self._of(camera)))
-            )
+            metrics.camera_degraded.labels(camera, word).set_function(partial(self._is_raised, camera, word))
             metrics.camera_alarms.labels(camera, word)
         metrics.false_reject_rate_estimate.labels(camera).set_function(lambda: bounds()[0])
         metrics.false_reject_rate_low.labels(camera).set_function(lambda: bounds()[1])

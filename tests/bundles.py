@@ -231,7 +231,9 @@ def _write_quality(
     trained = [Frame(draw(2000 + number, size)) for number in range(CALIBRATION_FRAMES)]
     mean = quality.thumbnails(trained, preprocessing).mean(0)
     found = quality.figures((Frame(pixels) for pixels in good), mean, preprocessing)
-    save_file({key: value for name in products for key, value in quality.tensors(name, mean, found).items()}, folder / QUALITY)
+    save_file(
+        {key: value for name in products for key, value in quality.tensors(name, mean, found).items()}, folder / QUALITY
+    )
 
 
 def _write_calibration(folder: Path, products: Sequence[str], scores: list[float]) -> None:

@@ -134,7 +134,7 @@ def test_each_fault_is_found_within_forty_frames_and_named(
 
 
 def _frames(text: str) -> int:
-    return int(text.split("for ")[1].split()[0])
+    return int(text.rpartition("for ")[2].partition(" ")[0])
 
 
 def test_what_changed_is_told_with_both_values() -> None:

@@ -1,11 +1,11 @@
-"""Do a line's values still come from the distribution of a calibration sample? Sequential, two-sided, distribution-free.
+"""Do values still come from the distribution of a calibration sample? Sequential, two-sided, distribution-free.
 
 Each new value is ranked among the calibration values and all values since. As long as they are exchangeable that rank
 is uniform, whatever their distribution is and however small the sample: what a few calibration values leave open is in
 the law of the ranks itself. A bet on the rank (Lehmann 1953: u^theta) is a likelihood ratio as in Wald's sequential
-test (1947), and the sum of these ratios over every possible beginning of the change is Shiryaev's and Roberts'
-statistic (1963, 1966; with ranks: Gordon and Pollak 1994). It grows by one a value on average while nothing changes: so
-a threshold A is reached after A values on average, or later. Page's rule (1954) tells since when. docs/drift.md has more.
+test (1947), and the sum of these ratios over every possible beginning of a change is Shiryaev's and Roberts'
+statistic (1963, 1966; with ranks: Gordon and Pollak 1994). While nothing changes it grows by one a value on average:
+so a threshold A is reached after A values on average, or later. Page's rule (1954) tells since when. docs/drift.md.
 
 Pure: no clock, no socket, no picture. `daemon/watch.py` feeds it.
 """
@@ -38,7 +38,7 @@ class Ranks:
         self._total = len(reference)
 
     def place(self, value: float) -> tuple[float, float]:
-        """The interval of 0..1 in which its rank lies, evenly over equal values and over a gap; it counts from now on."""
+        """The interval of 0..1 in which its rank lies, one for equal values and for a gap; from now on it counts."""
         index = bisect_left(self._values, value)
         is_tie = index < len(self._values) and self._values[index] == value
         cell = 2 * index + is_tie

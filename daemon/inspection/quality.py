@@ -47,7 +47,7 @@ class Gauge:
         self._wanted = None if thumbnail is None else np.conj(self._spectrum(thumbnail))
 
     def measure(self, planes: FloatArray) -> dict[str, float]:
-        """The figures of a network input (3 h w), normalised; one that cannot be told (of a black frame) is left out."""
+        """The figures of a network input (3 h w), normalised; those that a black frame does not have are left out."""
         gray = self.gray(planes)
         level, spread = _mean_and_deviation(gray)
         # 4-neighbour Laplacian, over the contrast: neither the lamp nor the part's colours make a picture sharp.
@@ -84,12 +84,12 @@ def thumbnail(gray: FloatArray) -> FloatArray:
     return np.asarray(cv2.resize(gray, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA), np.float32)
 
 
-def _mean_and_deviation(values: FloatArray) -> tuple[float, float]:
+def _mean_and_deviation(values: npt.NDArray[Any]) -> tuple[float, float]:
     mean, deviation = cv2.meanStdDev(values)
     return float(np.asarray(mean).item()), float(np.asarray(deviation).item())
 
 
-def _subpixel(line: FloatArray, peak: int) -> float:
+def _subpixel(line: npt.NDArray[np.float64], peak: int) -> float:
     """The top of the parabola through a peak and its neighbours, counted from zero in both directions."""
     before, top, after = float(line[peak - 1]), float(line[peak]), float(line[(peak + 1) % len(line)])
     curve = before - 2.0 * top + after

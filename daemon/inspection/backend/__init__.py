@@ -30,7 +30,7 @@ class Backend(Protocol):
         """
 
     def network_input(self) -> FloatArray:
-        """What the networks saw of the last frame, (3 h w) normalised; good until the next `run`. Raises DeviceError."""
+        """What the networks saw of the last frame, (3 h w) normalised, good until the next one. Raises DeviceError."""
 
     def close(self) -> None:
         """Give back what was allocated; the backend is not used afterwards."""
