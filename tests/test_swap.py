@@ -540,6 +540,8 @@ def test_without_a_daemon_the_next_start_takes_the_engine(tmp_path: Path) -> Non
         ({"command": "activate", "engine": "part/1"}, "at work already"),
         ({"command": "activate", "engine": "part/2", "shadow": -1}, "found shadow -1"),
         ({"command": "activate", "engine": "part/2", "shadow": True}, "found shadow True"),
+        ({"command": "reset", "camera": 7}, "found camera 7"),
+        ({"command": "reset", "camera": "cam9"}, "found no camera 'cam9', wanted one of cam1"),
         ({"command": "rollback", "engine": "nobody"}, "no engine was active before"),
         ({"command": "rollback"}, "no engine was active before"),
     ],
