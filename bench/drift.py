@@ -2,12 +2,13 @@
 
     python -m bench.drift --data FOLDER       (FOLDER/<set>/train/good and test/good)
 
-An engine of train/good with the default settings (build_engines.py --budget 0); the daemon's own pipeline and watch
-(daemon/watch.py), without sockets. For each seed: all good test frames once, in random order; from there on the same
-frames, order after order, with the fault: 15 % less light, or a Gaussian blur of --sigma pixels of the camera's frame.
-Told: after how many faulty frames DRIFT, SETUP or the first of them was out, at most 400, and what of the faulty frames
-the engine rejected. And unchanged: the test frames order after order, 1,000 in all, which a line's frames never are:
-that shows the difference between the few test images and the calibration images, whatever its reason.
+The daemon's own pipeline and watch (daemon/watch.py), without sockets, on real frames. For each seed the good images of
+both folders are mixed, so that nothing but chance is between them; two thirds build an engine with the default settings
+(build_engines.py --budget 0), the last third is the line. As taken, in a row of its own: train/good builds, test/good is
+the line, which may be another capture. First every frame of the line once, in random order; then the same frames,
+order after order, with a fault: 15 % less light, or a Gaussian blur of --sigma pixels of the camera's frame. Told: the
+alarms before the fault, after how many faulty frames (at most 400) DRIFT and SETUP were out, and what
+share of these the engine rejects.
 
 False alarms: for n calibration scores drawn from the engine's own calibration scores (and from a uniform distribution),
 each time other ones, the limit of them, and 100,000 scores of passed parts from the same distribution; after an alarm
@@ -33,7 +34,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from bench.record import ROOT, origin, write_result
+from bench.record import RESULTS, ROOT, origin, write_result
 from daemon.config import Camera
 from daemon.inspection.drift import BETWEEN_FALSE_ALARMS, RankTest, passing_scores
 from daemon.inspection.pipeline import Pipeline
@@ -48,8 +49,9 @@ from trainer.dataset import list_images, read_frame
 
 CALIBRATIONS = (30, 100, 300)
 SCORES = 100_000
+AS_TAKEN = "as taken"
 _DIM = 0.85
-_MOST, _REPLAYED = 400, 1000  # frames
+_MOST = 400  # faulty frames
 _TIMED = 200
 
 
@@ -71,19 +73,39 @@ def main(*, data: Path, sets: str, seeds: str, sigma: float, runs: int, threads:
         "sigma": sigma,
         "sets": {},
         "falseAlarms": {},
+        "setupFalseAlarms": {},
     }
     result["falseAlarms"]["uniform"] = false_alarms(np.linspace(0, 1, 100_001), runs)
     for name in names:
-        with tempfile.TemporaryDirectory(prefix="inspectd-drift-") as temporary:
-            pipeline = build(Path(temporary), name, data / name / "train" / "good", threads)
-            frames = [read_frame(path) for path in list_images(data / name / "test" / "good")]
-            result["sets"][name] = replay(pipeline, name, frames, [int(seed) for seed in seeds.split(",")], sigma)
-            population = np.array(load_calibration(pipeline.bundle)[name])
-            result["falseAlarms"][name] = false_alarms(population, runs)
-            result["sets"][name]["setupFalseAlarms"] = setup_false_alarms(pipeline, name, runs)
-            pipeline.backend.close()
-        print(name, json.dumps({k: v for k, v in result["sets"][name].items() if k != "seeds"}), flush=True)
-    print(write_result(out, result).relative_to(ROOT))
+        result["sets"][name] = found = {}
+        for split in [*seeds.split(","), AS_TAKEN]:
+            with tempfile.TemporaryDirectory(prefix="inspectd-drift-") as temporary:
+                good, line = divide(Path(temporary), data / name, split)
+                pipeline = build(Path(temporary), name, good, threads)
+                found[split] = replay(pipeline, name, [read_frame(path) for path in line], split, sigma)
+                print(name, split, json.dumps(found[split]), flush=True)
+                if split == AS_TAKEN:
+                    population = np.array(load_calibration(pipeline.bundle)[name])
+                    result["falseAlarms"][name] = false_alarms(population, runs)
+                    result["setupFalseAlarms"][name] = setup_false_alarms(pipeline, name, runs)
+                pipeline.backend.close()
+        write_result(out, result)
+    print(RESULTS.joinpath(out).relative_to(ROOT))
+
+
+def divide(place: Path, folder: Path, split: str) -> tuple[Path, list[Path]]:
+    """(a folder of good images to build from, the line's images)."""
+    train, test = (list_images(folder / kind / "good") for kind in ("train", "test"))
+    if split == AS_TAKEN:
+        return folder / "train" / "good", test
+    pool = train + test
+    order = np.random.default_rng(int(split)).permutation(len(pool))
+    mixed = [pool[index].resolve() for index in order]
+    good, count = place / "good", len(pool) * 2 // 3
+    good.mkdir()
+    for number, path in enumerate(mixed[:count]):
+        (good / f"{number:04}{path.suffix}").symlink_to(path)
+    return good, mixed[count:]
 
 
 def build(place: Path, name: str, good: Path, threads: int) -> Pipeline:
@@ -116,29 +138,21 @@ def inspect(pipeline: Pipeline, name: str, frame: Frame) -> Verdict:
     return verdict
 
 
-def replay(pipeline: Pipeline, name: str, frames: list[Frame], seeds: list[int], sigma: float) -> dict[str, Any]:
-    """Frames until the alarm, by fault and seed. Each frame is judged once; a replay only changes the order."""
+def replay(pipeline: Pipeline, name: str, frames: list[Frame], split: str, sigma: float) -> dict[str, Any]:
+    """Frames until the alarm, by fault. Each frame is judged once; a replay only changes the order."""
     kinds = {"unchanged": frames, "dimmed": [dim(each) for each in frames]}
     kinds["blurred"] = [blur(each, sigma) for each in frames]
     verdicts = {kind: [inspect(pipeline, name, frame) for frame in shown] for kind, shown in kinds.items()}
+    seed = 0 if split == AS_TAKEN else int(split)
     found: dict[str, Any] = {
         "calibrationScores": len(pipeline.references[name].scores),
-        "testFrames": len(frames),
-        "rejected": {
-            kind: sum(each.outcome is Outcome.REJECT for each in judged) / len(judged)
-            for kind, judged in verdicts.items()
-        },
+        "frames": len(frames),
         "gaugeMs": time_gauge(pipeline, name, frames[0]),
-        "seeds": {},
     }
-    for seed in seeds:
-        of_seed: dict[str, Any] = {"unchanged": until_alarm(pipeline, [], verdicts["unchanged"], seed, _REPLAYED)}
-        for kind in ("dimmed", "blurred"):
-            of_seed[kind] = until_alarm(pipeline, verdicts["unchanged"], verdicts[kind], seed, _MOST)
-        found["seeds"][str(seed)] = of_seed
-    for kind in ("dimmed", "blurred"):
-        first = [of_seed[kind]["first"] for of_seed in found["seeds"].values()]
-        found[f"{kind}Most"] = None if None in first else max(first)
+    for kind, judged in verdicts.items():
+        rejected = sum(each.outcome is Outcome.REJECT for each in judged) / len(judged)
+        shown = [] if kind == "unchanged" else judged
+        found[kind] = {"rejected": rejected, **until_alarm(pipeline, verdicts["unchanged"], shown, seed)}
     return found
 
 
@@ -147,23 +161,22 @@ def in_orders(verdicts: list[Verdict], rng: np.random.Generator) -> Iterator[Ver
         yield from (verdicts[index] for index in rng.permutation(len(verdicts)))
 
 
-def until_alarm(
-    pipeline: Pipeline, before: list[Verdict], shown: list[Verdict], seed: int, most: int
-) -> dict[str, Any]:
+def until_alarm(pipeline: Pipeline, before: list[Verdict], shown: list[Verdict], seed: int) -> dict[str, Any]:
     """After how many of the frames each alarm was out; `early` are the alarms before the first of them."""
     rng = np.random.default_rng(seed)
     watch = Watch({"cam1": Camera(product="part", deadline_ms=1, valid_ms=1)}, Metrics())
     for index in rng.permutation(len(before)):
         watch.feed("cam1", pipeline, before[index])
-    found: dict[str, Any] = {"early": list(watch.words), DRIFT: None, SETUP: None}
-    for number, verdict in enumerate(islice(in_orders(shown, rng), most), 1):
+    early = watch.words
+    found: dict[str, Any] = {"early": list(early), DRIFT: None, SETUP: None}
+    for number, verdict in enumerate(islice(in_orders(shown, rng), _MOST if shown else 0), 1):
         watch.feed("cam1", pipeline, verdict)
-        for word in watch.words:
+        for word in set(watch.words) - set(early):
             found[word] = found[word] or number
-    late = [found[word] for word in (DRIFT, SETUP) if word not in found["early"] and found[word]]
-    told = watch.status()["cam1"]
-    facts = next(iter(told.values()), {})
-    return {**found, "first": min(late, default=None), "alarms": facts.get("alarms", {})}
+    facts = next(iter(watch.status()["cam1"].values()))
+    statistics = {name: round(facts[name], 3) for name in ("driftStatistic", "setupStatistic")}
+    first = min((found[word] for word in (DRIFT, SETUP) if found[word]), default=None)
+    return {**found, "first": first, "alarms": facts["alarms"], **statistics}
 
 
 def time_gauge(pipeline: Pipeline, name: str, frame: Frame) -> float:

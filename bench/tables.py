@@ -294,29 +294,35 @@ def drift_table() -> str:
         return "Not measured yet."
     sigma = found["sigma"]
     lines = [
-        "| data (test frames, calibration scores) | fault | seed: DRIFT / SETUP after | of them rejected |",
-        "|---" * 4 + "|",
+        "| data, seed (frames of the line, calibration scores) | alarms before | 15 % less light: DRIFT / SETUP after | of it "
+        f"rejected | blur of {sigma:g} pixels: DRIFT / SETUP after | of it rejected |",
+        "|---" * 6 + "|",
     ]
-    faults = {"unchanged": "none, replayed 1,000 times", "dimmed": "15 % less light", "blurred": f"blur, {sigma:g} px"}
-    for name, each in found["sets"].items():
-        head = f"{name} ({each['testFrames']}, {each['calibrationScores']})"
-        for kind, words in faults.items():
-            seeds = {seed: of_seed[kind] for seed, of_seed in each["seeds"].items()}
-            after = "; ".join(f"{seed}: {one['DRIFT'] or '-'} / {one['SETUP'] or '-'}" for seed, one in seeds.items())
-            lines.append(f"| {head} | {words} | {after} | {each['rejected'][kind]:.0%} |")
+    for name, splits in found["sets"].items():
+        for split, each in splits.items():
+            cells = [f"{name}, {split} ({each['frames']}, {each['calibrationScores']})"]
+            cells.append(", ".join(each["unchanged"]["early"]) or "none")
+            for fault in ("dimmed", "blurred"):
+                one = each[fault]
+                after = [_after(one, word) for word in ("DRIFT", "SETUP")]
+                cells += [" / ".join(after), f"{one['rejected']:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
     counts = [str(n) for n in next(iter(found["falseAlarms"].values()))]
     lines += ["", f"| false alarms in 100,000 scores, n = | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
     for name, of_n in found["falseAlarms"].items():
         cells = [f"{of_n[n]['mean']:g} (mean of {len(of_n[n]['runs'])})" for n in counts]
         lines.append(f"| scores as of {name} | {' | '.join(cells)} |")
-    for name, each in found["sets"].items():
-        simulated = each["setupFalseAlarms"]
+    for name, simulated in found["setupFalseAlarms"].items():
         lines.append(f"| frames as of {name}, SETUP | {simulated['mean']:g} (its own n) |" + " - |" * (len(counts) - 1))
-    gauge_ms = max(each["gaugeMs"] for each in found["sets"].values())
+    gauge_ms = max(each["gaugeMs"] for splits in found["sets"].values() for each in splits.values())
     score_us = max(of_n[n]["microsecondsAScore"] for of_n in found["falseAlarms"].values() for n in counts)
     return "\n".join(
         [*lines, "", f"A frame's figures take {gauge_ms:.2f} ms at most, a score's test {score_us:.0f} µs."]
     )
+
+
+def _after(found: dict[str, Any], word: str) -> str:
+    return "before" if word in found["early"] else str(found[word] or "-")
 
 
 def large_table() -> str:
