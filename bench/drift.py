@@ -7,8 +7,8 @@ both folders are mixed, so that nothing but chance is between them; two thirds b
 (build_engines.py --budget 0), the last third is the line. As taken, in a row of its own: train/good builds, test/good is
 the line, which may be another capture. First every frame of the line once, in random order; then the same frames,
 order after order, with a fault: 15 % less light, or a Gaussian blur of --sigma pixels of the camera's frame. Told: the
-alarms before the fault, after how many faulty frames (at most 400) DRIFT and SETUP were out, and what
-share of these the engine rejects.
+alarms before the fault, after how many faulty frames (at most 400) DRIFT and SETUP were out, and what share of these
+frames the engine rejects.
 
 False alarms: for n calibration scores drawn from the engine's own calibration scores (and from a uniform distribution),
 each time other ones, the limit of them, and 100,000 scores of passed parts from the same distribution; after an alarm

@@ -292,12 +292,11 @@ def drift_table() -> str:
     found = _found("drift.json")
     if not found:
         return "Not measured yet."
-    sigma = found["sigma"]
-    lines = [
-        "| data, seed (frames of the line, calibration scores) | alarms before | 15 % less light: DRIFT / SETUP after | of it "
-        f"rejected | blur of {sigma:g} pixels: DRIFT / SETUP after | of it rejected |",
-        "|---" * 6 + "|",
-    ]
+    blur = f"blur of {found['sigma']:g} pixels"
+    heads = ["data, seed (frames of the line, calibration scores)", "alarms before"]
+    for fault in ("15 % less light", blur):
+        heads += [f"{fault}: DRIFT / SETUP after", "of it rejected"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, splits in found["sets"].items():
         for split, each in splits.items():
             cells = [f"{name}, {split} ({each['frames']}, {each['calibrationScores']})"]
