@@ -4,8 +4,8 @@
 
 The daemon's own pipeline and watch (daemon/watch.py), without sockets, on real frames. For each seed the good images of
 both folders are mixed, so that nothing but chance is between them; two thirds build an engine with the default settings
-(build_engines.py --budget 0), the last third is the line. As taken, in a row of its own: train/good builds, test/good is
-the line, which may be another capture. First every frame of the line once, in random order; then the same frames,
+(build_engines.py --budget 0), the last third is the line. As taken, in a row of its own: train/good builds, test/good
+is the line, which may be another capture. First every frame of the line once, in random order; then the same frames,
 order after order, with a fault: 15 % less light, or a Gaussian blur of --sigma pixels of the camera's frame. Told: the
 alarms before the fault, after how many faulty frames (at most 400) DRIFT and SETUP were out, and what share of these
 frames the engine rejects.

@@ -103,7 +103,8 @@ class FakePipeline:
     """Gives one verdict for all; waits first while `gate` is closed."""
 
     def __init__(self, version: str, verdict: Verdict = PASSED) -> None:
-        manifest = SimpleNamespace(products={"part": SimpleNamespace(limit=1.0)}, version=version, name="part")
+        judged_by = SimpleNamespace(limit=1.0, bound95=0.05)
+        manifest = SimpleNamespace(products={"part": judged_by}, version=version, name="part")
         self.bundle: Any = SimpleNamespace(
             folder=Path("engines/part") / version, digest=version * 16, manifest=manifest
         )
