@@ -3,8 +3,8 @@
     python -m bench.drift --data FOLDER       (FOLDER/<set>/train/good and test/good)
 
 The daemon's own pipeline and watch (daemon/watch.py), without sockets, on real frames. For each seed the good images of
-both folders are mixed, so that nothing but chance is between them; two thirds build an engine with the default settings
-(build_engines.py --budget 0), the last third is the line. As taken, in a row of its own: train/good builds, test/good
+both folders are mixed, so that nothing but chance is between them; two thirds build an engine (build_engines.py
+--budget 0 --coreset 1000), the last third is the line. As taken, in a row of its own: train/good builds, test/good
 is the line, which may be another capture. First every frame of the line once, in random order; then the same frames,
 order after order, with a fault: 15 % less light, or a Gaussian blur of --sigma pixels of the camera's frame. Told: the
 alarms before the fault, after how many faulty frames (at most 400) DRIFT and SETUP were out, and what share of these
@@ -110,7 +110,7 @@ def divide(place: Path, folder: Path, split: str) -> tuple[Path, list[Path]]:
 
 def build(place: Path, name: str, good: Path, threads: int) -> Pipeline:
     command = [sys.executable, str(ROOT / "build_engines.py"), name, "--good", str(good.resolve()), "--budget", "0"]
-    command += ["--threads", str(threads)]
+    command += ["--coreset", "1000", "--threads", str(threads)]
     built = subprocess.run(command, cwd=place, check=True, stdout=subprocess.PIPE, text=True)
     bundle = (place / built.stdout.strip().splitlines()[-1]).resolve()
     return open_pipeline(bundle, place / "keys" / "trusted.yaml", threads=threads)

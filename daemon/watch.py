@@ -179,16 +179,25 @@ def _begin(reference: Reference) -> _Post:
 
 
 def _facts(post: _Post) -> Header:
+    """In four digits, so that the status of many cameras fits one header."""
+    reference, medians = post.reference, post.reference.medians
     low, high = rate_bounds(post.judged, post.rejected)
     rejects = {
-        "judged": post.judged, "defects": post.rejected, "low": low, "high": high,
-        "estimate": post.rejected / post.judged if post.judged else None, "bound95": post.reference.bound95,
-        "promise": judge_rate(post.judged, post.rejected, post.reference.bound95),
+        "judged": post.judged, "defects": post.rejected, "low": _short(low), "high": _short(high),
+        "estimate": _short(post.rejected / post.judged) if post.judged else None, "bound95": _short(reference.bound95),
+        "promise": judge_rate(post.judged, post.rejected, reference.bound95),
     }  # fmt: skip
+    images = {
+        name: {"now": _short(value), "calibration": _short(medians[name])}
+        for name, value in post.measured.items()
+        if name in medians
+    }
     return {
-        "alarms": dict(post.alarms), "driftStatistic": post.drift_share, "setupStatistic": post.setup_share,
-        "passed": post.drift.values, "calibrationScores": len(post.reference.scores),
-        "images": {name: {"now": value, "calibration": post.reference.medians.get(name)}
-                   for name, value in post.measured.items()},
-        "rejects": rejects,
+        "alarms": dict(post.alarms), "driftStatistic": _short(post.drift_share),
+        "setupStatistic": _short(post.setup_share), "passed": post.drift.values,
+        "calibrationScores": len(reference.scores), "images": images, "rejects": rejects,
     }  # fmt: skip
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -88,7 +88,7 @@ def test_equal_values_take_the_whole_room_of_their_equals() -> None:
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("n", [1, 5, 30, 100, 300])
 def test_values_between_false_alarms_are_as_many_as_promised_for_any_calibration(name: str, n: int) -> None:
-    # At 100 in place of a million, so that there are alarms to count. Each run has a calibration of its own. The mean
+    # At 100 in place of 250,000, so that there are alarms to count. Each run has a calibration of its own. The mean
     # is some 140, as the sum jumps over its threshold; of 150 runs it is known to a tenth.
     draw, promised, runs, longest = DISTRIBUTIONS[name], 100, 150, 1500
     lengths = []

@@ -19,8 +19,10 @@ from adapters.line import Line
 from daemon.commands import tell_degraded
 from daemon.config import Camera
 from daemon.errors import UsageError
+from daemon.inspection.quality import STATISTICS
 from daemon.inspection.reference import Reference
 from daemon.line.control import ask
+from daemon.line.wire import MAX_HEADER_BYTES, encode_header
 from daemon.record.metrics import Metrics
 from daemon.types import EngineId, Outcome, Reason, Verdict
 from daemon.watch import DRIFT, SETUP, Watch
@@ -214,6 +216,19 @@ def test_heartbeat_says_everything_that_is_wrong_at_once() -> None:
     dispatcher.watch.words = (DRIFT, SETUP)
     tell_degraded(desk, dispatcher, "no space left")
     assert desk.degraded == "JOURNAL,DRIFT,SETUP"
+
+
+def test_status_of_sixty_cameras_fits_one_header() -> None:
+    names = [f"camera-{number:03}" for number in range(60)]
+    watch = Watch(dict.fromkeys(names, camera()), Metrics())
+    pipeline, rng = engine(), np.random.default_rng(4)
+    pipeline.references["part"].images.update({name: rng.normal(100, 2, N).tolist() for name in STATISTICS})
+    for name in names:
+        for _ in range(12):
+            quality = {figure: float(rng.normal(50, 2)) for figure in STATISTICS}
+            watch.feed(name, pipeline, replace(judged(float(rng.normal(9.0))), quality=quality))
+    assert watch.words == (DRIFT, SETUP)
+    assert len(encode_header(watch.status())) < MAX_HEADER_BYTES
 
 
 # --- a daemon
