@@ -137,6 +137,23 @@ def _frames(text: str) -> int:
     return int(text.rpartition("for ")[2].partition(" ")[0])
 
 
+def test_frames_between_false_alarms_are_as_many_as_promised_for_all_figures_together() -> None:
+    # At 100 in place of 250,000; the figures of a frame move together, as those of real frames do.
+    assert sum(figure.share for figure in STATISTICS.values()) == pytest.approx(1.0)
+    lengths = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        parts = [dict.fromkeys(STATISTICS, float(value)) for value in rng.normal(100, 20, 1030)]
+        test = SetupTest({name: [each[name] for each in parts[:30]] for name in STATISTICS})
+        lengths.append(1000)
+        for number, each in enumerate(parts[30:], 1):
+            test.add(each)
+            if test.evidence >= 100:
+                lengths[-1] = number
+                break
+    assert np.mean(lengths) >= 100
+
+
 def test_what_changed_is_told_with_both_values() -> None:
     test = SetupTest({"brightness": np.linspace(99, 101, 30).tolist(), "clipping": [0.0] * 30})
     for _ in range(20):
