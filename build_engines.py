@@ -108,6 +108,7 @@ def main(**fields: Any) -> None:
         draft = build.weigh_branches(options, site, splits, chosen, draft)
         pipeline = open_draft(options, site, draft)
         scores = finish.score_good(options, site, splits, draft, pipeline)
+        finish.measure_images(options, site, splits, draft)
         draft = finish.set_limit(options, draft, scores)
         pipeline = with_limit(options, site, draft, scores, pipeline)
         doubts = finish.find_doubts(splits, draft, scores)

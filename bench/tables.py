@@ -287,6 +287,43 @@ def cameras_table() -> str:
     return "\n".join(lines)
 
 
+def drift_table() -> str:
+    """Frames until the alarm on real frames, and false alarms in simulation, from drift.json."""
+    found = _found("drift.json")
+    if not found:
+        return "Not measured yet."
+    blur = f"blur of {found['sigma']:g} pixels"
+    heads = ["data, seed (frames of the line, calibration scores)", "alarms before"]
+    for fault in ("15 % less light", blur):
+        heads += [f"{fault}: DRIFT / SETUP after", "of it rejected"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, splits in found["sets"].items():
+        for split, each in splits.items():
+            cells = [f"{name}, {split} ({each['frames']}, {each['calibrationScores']})"]
+            cells.append(", ".join(each["unchanged"]["early"]) or "none")
+            for fault in ("dimmed", "blurred"):
+                one = each[fault]
+                after = [_after(one, word) for word in ("DRIFT", "SETUP")]
+                cells += [" / ".join(after), f"{one['rejected']:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    counts = [str(n) for n in next(iter(found["falseAlarms"].values()))]
+    lines += ["", f"| false alarms in 100,000 scores, n = | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for name, of_n in found["falseAlarms"].items():
+        cells = [f"{of_n[n]['mean']:g} (mean of {len(of_n[n]['runs'])})" for n in counts]
+        lines.append(f"| scores as of {name} | {' | '.join(cells)} |")
+    for name, simulated in found["setupFalseAlarms"].items():
+        lines.append(f"| frames as of {name}, SETUP | {simulated['mean']:g} (its own n) |" + " - |" * (len(counts) - 1))
+    gauge_ms = min(each["gaugeMs"] for splits in found["sets"].values() for each in splits.values())
+    score_us = min(of_n[n]["microsecondsAScore"] for of_n in found["falseAlarms"].values() for n in counts)
+    return "\n".join(
+        [*lines, "", f"In the quietest run a frame's figures took {gauge_ms:.2f} ms, a score's test {score_us:.0f} µs."]
+    )
+
+
+def _after(found: dict[str, Any], word: str) -> str:
+    return "before" if word in found["early"] else str(found[word] or "-")
+
+
 def large_table() -> str:
     """5 megapixels through shared memory: the rate by bank and precision, and the stages alone, from large.json."""
     found = json.loads((RESULTS / "large.json").read_text())
@@ -362,6 +399,7 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/performance.md", "large"): large_table(),
         ("docs/plc.md", "plc"): plc_table(),
         ("docs/reliability.md", "runs"): reliability_table(),
+        ("docs/drift.md", "drift"): drift_table(),
     }
     stale = []
     for (name, mark), block in blocks.items():

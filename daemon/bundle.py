@@ -27,6 +27,7 @@ from daemon.types import Limits
 
 FORMAT = 1
 NETWORKS, BANK, CALIBRATION = "networks.onnx", "bank.safetensors", "calibration.safetensors"
+QUALITY = "quality.safetensors"  # optional: bundles of before have none, and no check of the camera's set-up
 FP16_NETWORKS = "networks.fp16.onnx"  # what plans are built of; there with targets for a GPU
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 _MAX_MANIFEST_BYTES = 4 << 20

@@ -191,6 +191,16 @@ _control("drain", "Refuse frames, give every part in flight its verdict, then en
 
 @cli.command()
 @CONFIG
+@click.argument("camera", required=False)
+def reset(config_path: Path, camera: str | None) -> None:
+    """Forget the alarms DRIFT and SETUP of CAMERA, or of all, and begin to watch anew."""
+    from daemon.line.control import ask
+
+    print(json.dumps(ask(load_config(config_path).control.bind, "reset", camera=camera), indent=1))
+
+
+@cli.command()
+@CONFIG
 @click.argument("engine")
 @click.option("--shadow", type=click.IntRange(0), default=0, help="Live frames to judge with both engines before.")
 @click.option("--wait", "wait_s", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")

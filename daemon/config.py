@@ -73,6 +73,7 @@ class Camera(Section):
     mode: Literal["every-frame", "latest"] = "every-frame"
     deadline_ms: Annotated[int, Field(ge=1, le=600_000)]
     valid_ms: Annotated[int, Field(ge=1, le=600_000)]
+    on_setup_change: Literal["warn", "reject"] = "warn"
 
 
 class Ledger(Section):

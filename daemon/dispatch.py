@@ -26,6 +26,7 @@ from daemon.record.metrics import Metrics
 from daemon.record.recorder import Recorder, Reject
 from daemon.records import accept_record, missing_record, skip_record, verdict_record
 from daemon.types import Header, Outcome, PartKey, RawFrame, Reason, Refusal, Verdict
+from daemon.watch import Watch
 
 log = logging.getLogger("inspectd.dispatch")
 
@@ -33,7 +34,7 @@ _FRAME_OVERHEAD_BYTES = 4096  # the objects around a payload
 _LATE_MARGIN_NS = 2_000_000  # the loop's clock has milliseconds, and the message has to leave
 _UNKNOWN_VALID_MS = 1000  # for parts of an earlier run whose camera is no longer configured
 # What comes in floods must neither fill the disk nor take the core that inference needs.
-_NOT_RECORDED = (Reason.OVERLOAD, Reason.SUPERSEDED, Reason.NOT_READY, Reason.LATE)
+_NOT_RECORDED = (Reason.OVERLOAD, Reason.SUPERSEDED, Reason.NOT_READY, Reason.LATE, Reason.SETUP)
 
 
 class Announcer(Protocol):
@@ -80,6 +81,7 @@ class Dispatcher:
         self.engines: dict[str, Engine] = {}
         self.refuses: Refusal | None = None  # PAUSED or DRAINING
         self.observer: Observer | None = None
+        self.watch = Watch(config.cameras, records.metrics)
         self.book = book
         self._config = config
         self._run = run
@@ -228,8 +230,11 @@ class Dispatcher:
         frame = self._release(done.key)
         if self.observer is not None:
             self.observer.inspected(product, done)
-        if not self._settle(done.key, done.verdict, frame) and frame is not None:
+        camera = done.key.camera
+        if not self._settle(done.key, self.watch.ruled(camera, done.verdict), frame) and frame is not None:
             self._announce_late(done, frame)
+        if product in self.engines:
+            self.watch.feed(camera, self.engines[product].pipeline, done.verdict)
 
     def on_time(self, now_ns: int) -> None:
         """Whatever has reached its deadline is LATE now, whether its engine works on it or not."""
@@ -267,7 +272,7 @@ class Dispatcher:
         verdict = replace(verdict, timings=replace(verdict.timings, total_ms=total_ms))
         header.update(capturedNs=entry.captured_ns, isSimulated=entry.is_simulated)
         self._announcer.result(encode_result(self._topic("result", key.camera), header, verdict))
-        self._count(key.camera, verdict)
+        self._records.metrics.count_verdict(key.camera, verdict)
         self._record(header, verdict, frame)
         return True
 
@@ -280,7 +285,7 @@ class Dispatcher:
         self._announcer.verdict(_permit_header(header, verdict), self._valid_ms(gap.camera))
         header.update(capturedNs=None, isSimulated=False)
         self._announcer.result(encode_result(self._topic("result", gap.camera), header, verdict))
-        self._count(gap.camera, verdict, gap.count)
+        self._records.metrics.count_verdict(gap.camera, verdict, gap.count)
 
     def _announce_late(self, done: Done, frame: RawFrame) -> None:
         key = done.key
@@ -298,19 +303,6 @@ class Dispatcher:
     def _part_header(self, key: PartKey, part_id: str | None, decided_ns: int) -> Header:
         part = {"camera": key.camera, "epoch": key.epoch, "seq": key.seq, "partId": part_id}
         return {"run": self._run, **part, "decidedNs": decided_ns}
-
-    def _count(self, camera: str, verdict: Verdict, parts: int = 1) -> None:
-        metrics = self._records.metrics
-        reason = verdict.reason.value if verdict.reason else ""
-        metrics.verdicts.labels(camera, verdict.outcome.value, reason).inc(parts)
-        if verdict.reason is Reason.LATE:
-            metrics.deadline_missed.labels(camera).inc()
-        timings = verdict.timings
-        stages = ("queue", "decode", "preprocess", "infer", "postprocess", "total")
-        for stage in stages:
-            milliseconds = getattr(timings, f"{stage}_ms")
-            if milliseconds is not None:
-                metrics.stage_seconds.labels(stage).observe(milliseconds / 1e3)
 
     def _record(self, header: Header, verdict: Verdict, frame: RawFrame | None) -> None:
         recorder = self._records.recorder

@@ -18,18 +18,18 @@ from uuid import uuid4
 
 import zmq
 
+from daemon.commands import Commands, set_state, tell_degraded
 from daemon.config import Config
 from daemon.dispatch import Dispatcher, Records
-from daemon.errors import UsageError, WireError
+from daemon.errors import WireError
 from daemon.inspection.engine import DoneBox, Engine
 from daemon.keys import Keyring, load_keyring
-from daemon.line.control import Request
 from daemon.line.denials import Denials
 from daemon.line.notify import notify, watchdog_interval_s
 from daemon.line.permit import Outgoing, PermitDesk
 from daemon.line.ports import Ports, receive
 from daemon.line.wire import decode_header, encode_header
-from daemon.loading import calm_the_interpreter, describe, name_engines, open_engine, open_engines
+from daemon.loading import calm_the_interpreter, describe, open_engine, open_engines
 from daemon.orders import Orders
 from daemon.reception import Reception
 from daemon.record.journal import Journal, hold_alone, last_run
@@ -95,7 +95,7 @@ class Service:
         for engine in set(engines.values()):
             engine.start()
         calm_the_interpreter()
-        self._set_state("RUNNING")
+        set_state(self._desk, "RUNNING")
         notify("READY=1", "STATUS=inspecting")
         log.info("ready run=%s cameras=%s recovered_missing=%d", self.run_id, ",".join(config.cameras), recovered)
 
@@ -116,6 +116,10 @@ class Service:
         self._swapper = Swapper(
             config.engines.dir, dispatcher, self._metrics, self._done, lambda folder: open_engine(config, folder)
         )
+        self._commands = Commands(
+            config, self.run_id, desk=self._desk, dispatcher=dispatcher, swapper=self._swapper,
+            drain=self._drain, books_fault=lambda: journal.fault,
+        )  # fmt: skip
         # Only from here on may a stop speak for parts in flight: those of the earlier run have their verdict.
         self.dispatcher = dispatcher
         writer = Writer(config, journal, recorder, self._metrics)
@@ -135,7 +139,7 @@ class Service:
             **ports.doors(),
             ports.results: self._serve_subscription,
             ports.permits: self._serve_permit,
-            ports.control: partial(self._orders.serve, self._obey),
+            ports.control: partial(self._orders.serve, self._commands.obey),
             **{socket: partial(self._reception.serve, socket) for socket in ports.inputs},
         }
         for served in (*serve, self._done.fileno()):
@@ -199,49 +203,16 @@ class Service:
             self._send_permits(self._desk.receive(message.identity, header, time.monotonic_ns()))
         return True
 
-    def _obey(self, request: Request, client: bytes) -> Header | None:
-        """The answer, or None where the swapper will give it."""
-        command = request.command
-        if command in ("activate", "rollback"):
-            if self._drain_until_s is not None:
-                raise UsageError("the daemon is draining; try again when it runs again")
-            if command == "activate":
-                self._swapper.activate(request.engine or "", request.shadow, client)
-            else:
-                self._swapper.roll_back(request.engine, client)
-            return None
-        if command == "pause" and self._drain_until_s is None:
-            self.dispatcher.refuses = Refusal.PAUSED
-            self._set_state("PAUSED")
-        elif command == "resume" and self._drain_until_s is None:
-            self.dispatcher.refuses = None
-            self._set_state("RUNNING")
-        elif command == "drain":
-            self._drain()
-        return {"ok": True, **self._status()}
-
     def _swap(self, now_ns: int) -> None:
         """Let a swap go on; bridges hear which engine judges, and whoever asked hears how it went."""
         self._swapper.step(now_ns, self._config.backend.hang_ms)
         if self._swapper.changed:
             self._swapper.changed = False
-            self._send_permits(self._desk.born_again(describe(self._config, self.dispatcher.engines)))
+            engines = self.dispatcher.engines
+            self._send_permits(self._desk.born_again(describe(self._config, engines)))
+            self.dispatcher.watch.engines_changed({engine.pipeline.bundle.digest for engine in engines.values()})
         for client, answer in self._swapper.answers():
             self._orders.answer(client, answer)
-
-    def _status(self) -> Header:
-        return {
-            **self._desk.condition,
-            "run": self.run_id,
-            "line": self._config.line,
-            "cameras": list(self._config.cameras),
-            "engines": name_engines(self.dispatcher.engines),
-            "swap": self._swapper.status(),
-            "permits": self._desk.summary(time.monotonic_ns()),
-            "inFlight": len(self.dispatcher.book.in_flight),
-            "queueBytes": self.dispatcher.used_bytes,
-            "journalFault": self._journal.fault,
-        }
 
     # -- the line's ears (dispatch.Announcer) ------------------------------------------------------
 
@@ -271,7 +242,7 @@ class Service:
 
     def _look_around(self, now_ns: int) -> None:
         self._journal.tend(lambda: snapshot(self.dispatcher.book, self.run_id), time.time_ns())
-        self._desk.degraded = "JOURNAL" if self._journal.fault is not None else None
+        tell_degraded(self._desk, self.dispatcher, self._journal.fault)
         self._denials.tick()
         self._ports.greet(now_ns)
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
@@ -292,11 +263,6 @@ class Service:
             self.dispatcher.give_up(Reason.ENGINE_ERROR)
         return bool(hung)
 
-    def _set_state(self, state: str) -> None:
-        self._desk.state = state
-        notify(f"STATUS={state.lower()}")
-        log.info("state=%s", state)
-
     def _on_signal(self, number: int, _frame: object) -> None:
         log.info("signal=%s", signal.Signals(number).name)
         if self._drain_until_s is None and hasattr(self, "dispatcher"):
@@ -308,7 +274,7 @@ class Service:
         """Take in nothing more; the loop ends when every part in flight has its verdict."""
         self._drain_until_s = time.monotonic() + _DRAIN_S
         self.dispatcher.refuses = Refusal.DRAINING
-        self._set_state("DRAINING")
+        set_state(self._desk, "DRAINING")
         notify("STOPPING=1")
 
     def _is_finished(self) -> bool:

@@ -42,6 +42,7 @@ class Reason(str, Enum):
     MISSING = "MISSING"
     ENGINE_ERROR = "ENGINE_ERROR"
     LATE = "LATE"
+    SETUP = "SETUP"
 
 
 class Refusal(str, Enum):
@@ -167,6 +168,7 @@ class Verdict:
     engine: EngineId | None = None
     timings: Timings = Timings()
     pictures: Mapping[str, bytes] | None = None  # mask, heatmap, frame: encoded, as config asks
+    quality: Mapping[str, float] | None = None  # how the frame looks, for daemon/watch.py; not told on the wire
 
 
 @dataclass(frozen=True)

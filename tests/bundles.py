@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from daemon.bundle import BANK, CALIBRATION, NETWORKS, Bundle, open_bundle, seal_bundle
+from daemon.bundle import BANK, CALIBRATION, NETWORKS, QUALITY, Bundle, Preprocessing, open_bundle, seal_bundle
 from daemon.inspection.backend import open_backend
 from daemon.inspection.pipeline import Pipeline
 from daemon.keys import load_trusted, make_signing_key
 from daemon.types import Frame, RawFrame
 from tests import reference
+from trainer import quality
 
 STRIDE = 8
 CHANNELS = 16
@@ -32,6 +33,7 @@ CALIBRATION_FRAMES = 20
 
 Pixels = NDArray[np.uint8]
 Change = Callable[[dict[str, Any]], None]
+Draw = Callable[[int, tuple[int, int]], Pixels]
 
 
 def good_pixels(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Pixels:
@@ -42,8 +44,12 @@ def good_pixels(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Pixels:
 
 def bad_pixels(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Pixels:
     """A good frame with a white square in its middle, a quarter of the frame high and wide."""
-    pixels = good_pixels(seed, size)
-    height, width = size
+    return with_square(good_pixels(seed, size))
+
+
+def with_square(pixels: Pixels) -> Pixels:
+    """The frame itself, with the square."""
+    height, width = pixels.shape[:2]
     pixels[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8] = 255
     return pixels
 
@@ -77,14 +83,16 @@ def make_bundle(
     weights: NDArray[np.float32] | None = None,
     core: NDArray[np.float32] | None = None,
     change: Change | None = None,
+    draw: Draw = good_pixels,
+    with_quality: bool = False,
 ) -> Path:
     """A bundle in `folder`, signed with the key in `keys_folder` (made where there is none); gives `folder`.
 
     `weights` and `core` replace the random network and its bank; `change` edits the manifest's fields before they
-    are signed for good. bad_pixels() lies far above the limit of every product, good_pixels() far below.
+    are signed for good; `draw` makes other good frames than good_pixels. bad_pixels() lies far above the limit of every product, good_pixels() far below.
     """
     weights = random_weights(seed) if weights is None else weights
-    good = [good_pixels(1000 + seed + number, size) for number in range(CALIBRATION_FRAMES)]
+    good = [draw(1000 + seed + number, size) for number in range(CALIBRATION_FRAMES)]
     features = np.concatenate([reference.patch_convolution(_normalised(pixels), weights) for pixels in good[:5]])
     if core is None:
         chosen = np.random.default_rng(seed).choice(len(features), rows, replace=rows > len(features))
@@ -98,7 +106,7 @@ def make_bundle(
     (folder / NETWORKS).write_bytes(make_network(weights, size))
     bias = -0.5 * np.sum(core.astype(np.float64) ** 2, axis=1)
     save_file({"core": core, "bias": bias.astype(np.float32), "density": densities.astype(np.float32)}, folder / BANK)
-    golden = {"golden/good.png": good_pixels(7 + seed, size), "golden/bad.png": bad_pixels(7 + seed, size)}
+    golden = {"golden/good.png": draw(7 + seed, size), "golden/bad.png": with_square(draw(7 + seed, size))}
     for name, pixels in golden.items():
         (folder / name).write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
@@ -110,6 +118,8 @@ def make_bundle(
     calibration = [pipeline.anomaly_map(Frame(pixels)).score for pixels in good]
     _write_calibration(folder, products, calibration)
     _set_limits(fields, pipeline, golden, calibration)
+    if with_quality:
+        _write_quality(folder, products, good, draw, size)
     if change is not None:
         change(fields)
     seal_bundle(folder, fields, key)
@@ -212,6 +222,18 @@ def _set_limits(
 def _normalised(pixels: Pixels) -> NDArray[np.float64]:
     """(h w 1) of the network's own size -> (1 3 h w)."""
     return np.stack([(pixels[:, :, 0] - mean) / std for mean, std in zip(MEAN, STD, strict=True)])[None]
+
+
+def _write_quality(
+    folder: Path, products: Sequence[str], good: Sequence[Pixels], draw: Draw, size: tuple[int, int]
+) -> None:
+    preprocessing = Preprocessing(size=size, mean=MEAN, std=STD)
+    trained = [Frame(draw(2000 + number, size)) for number in range(CALIBRATION_FRAMES)]
+    mean = quality.thumbnails(trained, preprocessing).mean(0)
+    found = quality.figures((Frame(pixels) for pixels in good), mean, preprocessing)
+    save_file(
+        {key: value for name in products for key, value in quality.tensors(name, mean, found).items()}, folder / QUALITY
+    )
 
 
 def _write_calibration(folder: Path, products: Sequence[str], scores: list[float]) -> None:

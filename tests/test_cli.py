@@ -23,7 +23,7 @@ from daemon.keys import load_keyring, load_trusted
 from tests.bundles import bad_pixels, good_pixels
 from tests.daemons import ROOT, Site, make_site
 
-COMMANDS = ("run", "check-config", "doctor", "keygen", "score", "ledger", "status", "pause", "resume", "drain")
+COMMANDS = ("run", "check-config", "doctor", "keygen", "score", "ledger", "status", "pause", "resume", "drain", "reset")
 GUESTS = ("evaluate", "simulate", "bench", "camera")  # of the trainer and the adapters
 
 

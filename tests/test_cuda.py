@@ -154,6 +154,17 @@ def test_colours_are_uploaded_as_they_came_and_are_the_cpus_to_one_level(
     assert np.abs(found.values - wanted.values).max() < 0.02 * (product.limit - product.medianGood)
 
 
+def test_network_input_is_the_cpus_to_one_level(backend, bundle):
+    raw = colour_frame("BGR8", (90, 130, 3))
+    backend.run(decode(raw))
+    found = backend.network_input()
+    assert (found.dtype, found.shape) == (np.float32, (3, *SIZE))
+    cpu = open_backend(bundle, "cpu", "f32", 1)
+    cpu.run(decode(raw))
+    assert np.abs(found - cpu.network_input()).max() <= 1.0 / min(bundle.manifest.preprocessing.std) + 2.0**-9
+    cpu.close()
+
+
 def test_same_bytes_in_another_order_of_colours_are_another_frame(backend, gpu):
     pixels = np.frombuffer(colour_frame("BGR8", (64, 64, 3)).payload, np.uint8).reshape(64, 64, 3)
     backend.run(Frame(pixels))

@@ -103,7 +103,8 @@ class FakePipeline:
     """Gives one verdict for all; waits first while `gate` is closed."""
 
     def __init__(self, version: str, verdict: Verdict = PASSED) -> None:
-        manifest = SimpleNamespace(products={"part": SimpleNamespace(limit=1.0)}, version=version, name="part")
+        judged_by = SimpleNamespace(limit=1.0, bound95=0.05)
+        manifest = SimpleNamespace(products={"part": judged_by}, version=version, name="part")
         self.bundle: Any = SimpleNamespace(
             folder=Path("engines/part") / version, digest=version * 16, manifest=manifest
         )
@@ -540,6 +541,8 @@ def test_without_a_daemon_the_next_start_takes_the_engine(tmp_path: Path) -> Non
         ({"command": "activate", "engine": "part/1"}, "at work already"),
         ({"command": "activate", "engine": "part/2", "shadow": -1}, "found shadow -1"),
         ({"command": "activate", "engine": "part/2", "shadow": True}, "found shadow True"),
+        ({"command": "reset", "camera": 7}, "found camera 7"),
+        ({"command": "reset", "camera": "cam9"}, "found no camera 'cam9', wanted one of cam1"),
         ({"command": "rollback", "engine": "nobody"}, "no engine was active before"),
         ({"command": "rollback"}, "no engine was active before"),
     ],

@@ -11,13 +11,14 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from daemon import __version__, bundle
 from daemon.inspection.backend import open_backend
 from daemon.inspection.golden import check_golden, read_golden
 from daemon.inspection.pipeline import Pipeline
 from daemon.types import FloatArray
-from trainer import calibrate, dataset
+from trainer import calibrate, dataset, quality
 from trainer.build import Chosen
 from trainer.calibrate import GoodScores
 from trainer.dataset import Picture, Splits
@@ -51,6 +52,17 @@ def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipel
 def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatArray:
     scores = [pipeline.anomaly_map(dataset.read_frame(picture.path)).score for picture in track(pictures, what)]
     return np.array(scores, np.float32)
+
+
+def measure_images(options: Options, site: Site, splits: Splits, draft: Draft) -> None:
+    """Keep how the good images look, so that the daemon can tell a changed camera from a bad part."""
+    preprocessing = draft.preprocessing
+    trained = (dataset.read_frame(picture.path) for picture in track(splits.train, "the mean picture"))
+    pictures = quality.thumbnails(trained, preprocessing)
+    calibrating = (dataset.read_frame(p.path) for p in track(splits.calibrate, "how the calibration images look"))
+    means = quality.without_each(pictures) if splits.few else pictures.mean(0)
+    found = quality.figures(calibrating, means, preprocessing)
+    (site.folder / bundle.QUALITY).write_bytes(save(quality.tensors(options.name, pictures.mean(0), found)))
 
 
 def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:

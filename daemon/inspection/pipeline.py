@@ -17,6 +17,7 @@ from daemon.bundle import Bundle
 from daemon.errors import FrameError
 from daemon.inspection.backend import Backend
 from daemon.inspection.decode import decode, to_plain
+from daemon.inspection.reference import load_references
 from daemon.inspection.tensors import load_calibration
 from daemon.inspection.verdict import decide, region_mask
 from daemon.types import (
@@ -55,6 +56,7 @@ class Pipeline:
         self._pictures = pictures
         self._next_frame_ns: dict[str, int] = {}
         self._calibration = load_calibration(bundle)
+        self.references = load_references(bundle, self._calibration)
         version = bundle.manifest.version
         self._engines = {name: EngineId(name, version, bundle.digest) for name in bundle.manifest.products}
 
@@ -79,10 +81,12 @@ class Pipeline:
         limits = self.limits(product)
         verdict = decide(anomaly, limits, self._calibration[product], self._engines[product])
         pictures = self._draw(frame, anomaly, limits, verdict, raw)
+        gauge = self.references[product].gauge
+        quality = gauge.measure(self.backend.network_input()) if gauge else None
         # What follows the backend belongs to the postprocessing; with fused stages it is all there is of it.
         rest_ms = (perf_counter_ns() - inspected) / 1e6 + (timings.postprocess_ms or 0.0)
         timings = replace(timings, decode_ms=(decoded - started) / 1e6, postprocess_ms=rest_ms)
-        return replace(verdict, timings=timings, pictures=pictures)
+        return replace(verdict, timings=timings, pictures=pictures, quality=quality)
 
     def anomaly_map(self, frame: Frame) -> AnomalyMap:
         """The map alone: what the trainer calibrates on and `score --maps` writes."""

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load as load_tensors
 
-from daemon.bundle import BANK, CALIBRATION, NETWORKS, Bundle
+from daemon.bundle import BANK, CALIBRATION, NETWORKS, QUALITY, Bundle
 from daemon.errors import BundleError
+from daemon.inspection.quality import STATISTICS, THUMBNAIL
 from daemon.types import FloatArray
 
 
@@ -44,6 +45,29 @@ def load_calibration(bundle: Bundle) -> dict[str, list[float]]:
             raise BundleError(f"{bundle.folder / CALIBRATION}: has no scores for product {product!r}")
         scores[product] = sorted(float(score) for score in tensors[product])
     return scores
+
+
+def load_quality(bundle: Bundle) -> dict[str, dict[str, FloatArray]]:
+    """By product the figures (n,) of its calibration images, and their mean picture `thumbnail` (64 64).
+
+    Empty for a bundle of before these figures were kept. Raises BundleError.
+    """
+    if QUALITY not in bundle.manifest.files:
+        return {}
+    found: dict[str, dict[str, FloatArray]] = {product: {} for product in bundle.manifest.products}
+    wanted: dict[str, tuple[int, ...] | None] = {"thumbnail": (THUMBNAIL, THUMBNAIL), **dict.fromkeys(STATISTICS)}
+    for key, values in _read(bundle, QUALITY).items():
+        product, _, figure = key.rpartition("/")
+        if product not in found or figure not in wanted:
+            raise BundleError(f"{bundle.folder / QUALITY}: found tensor {key!r}, wanted PRODUCT/FIGURE of this bundle")
+        shape = wanted[figure] or (max(1, values.size),)
+        if values.shape != shape or not np.isfinite(values).all():
+            raise BundleError(f"{bundle.folder / QUALITY}: {key}: found shape {values.shape}, wanted {shape}, finite")
+        found[product][figure] = np.ascontiguousarray(values, np.float32)
+    for product, figures in found.items():
+        if "thumbnail" not in figures:
+            raise BundleError(f"{bundle.folder / QUALITY}: has no {product}/thumbnail")
+    return found
 
 
 def _read(bundle: Bundle, name: str) -> dict[str, Any]:

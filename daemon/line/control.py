@@ -11,7 +11,7 @@ from daemon.errors import InspectError, UsageError, WireError
 from daemon.line.wire import decode_header, encode_header
 from daemon.types import Header
 
-COMMANDS = ("status", "pause", "resume", "drain", "activate", "rollback")
+COMMANDS = ("status", "pause", "resume", "drain", "reset", "activate", "rollback")
 MOST_SHADOWED = 1_000_000
 MOST_USER_CHARACTERS = 64
 
@@ -21,12 +21,14 @@ class Request:
     """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback.
 
     `user` is who asks, as the asker says: whoever reaches this socket is trusted with that too.
+    `camera` is for reset; all of them where it is left out.
     """
 
     command: str
     engine: str | None = None
     shadow: int = 0  # live frames to compare before the swap
     user: str | None = None
+    camera: str | None = None
 
 
 def decode_request(parts: list[bytes]) -> Request:
@@ -44,7 +46,10 @@ def decode_request(parts: list[bytes]) -> Request:
     user = fields.get("user")
     if user is not None and not _is_name(user):
         raise WireError(f"found user {user!r}, wanted text of 1 to {MOST_USER_CHARACTERS} printable characters")
-    return Request(str(command), engine, shadow, user)
+    camera = fields.get("camera")
+    if not isinstance(camera, str | None):
+        raise WireError(f"found camera {camera!r}, wanted text, or nothing for all cameras")
+    return Request(str(command), engine, shadow, user, camera)
 
 
 def _is_name(user: object) -> bool:

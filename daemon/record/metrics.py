@@ -10,10 +10,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from daemon import __version__
 from daemon.errors import ConfigError
+from daemon.types import Reason, Verdict
 
 log = logging.getLogger("inspectd.metrics")
 
 _PATIENCE_S = 5.0  # a connection that asks for nothing holds a thread and a descriptor this long
+_STAGES = ("queue", "decode", "preprocess", "infer", "postprocess", "total")
 _STAGE_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
@@ -46,6 +48,16 @@ class Metrics:
         self.permit_lease_seconds = gauge("permit_lease_seconds", "Time since the quietest bridge was last heard.")
         self.engine_info = gauge("engine_info", "Engines in use; the value is 1.", "product", "version", "digest")
         self.score_limit = gauge("score_limit", "Scores at or above it are rejected.", "product")
+        self.drift_statistic = gauge("drift_statistic", "Evidence that scores have drifted; 1 is the alarm.", "camera")
+        self.setup_statistic = gauge("setup_statistic", "Evidence of a changed set-up; 1 is the alarm.", "camera")
+        self.camera_degraded = gauge("camera_degraded", "1 while the alarm lasts.", "camera", "kind")
+        self.camera_alarms = counter("camera_alarms_total", "Alarms raised.", "camera", "kind")
+        self.false_reject_rate_estimate = gauge(
+            "false_reject_rate_estimate", "Share of DEFECT among judged parts, true defects among them.", "camera"
+        )
+        self.false_reject_rate_low = gauge("false_reject_rate_low", "Lower 95 % bound of it, at all times.", "camera")
+        self.false_reject_rate_high = gauge("false_reject_rate_high", "Upper 95 % bound of it, at all times.", "camera")
+        self.false_reject_rate_promised = gauge("false_reject_rate_promised", "The engine's bound95.", "product")
         self.engine_swaps = counter("engine_swaps_total", "Engines put to work while running.", "product", "result")
         self.swap_p99_seconds = gauge("swap_p99_seconds", "p99 from arrival to verdict during the last swap.")
         self.auth_denied = counter("auth_denied_total", "Peers or messages denied.", "reason")
@@ -54,6 +66,17 @@ class Metrics:
         self.recorder_dropped = gauge("recorder_dropped_frames", "Rejected frames that were not recorded.")
         build = gauge("build_info", "The running version; the value is 1.", "version")
         build.labels(__version__).set(1)
+
+    def count_verdict(self, camera: str, verdict: Verdict, parts: int = 1) -> None:
+        """A verdict that went out, and how long its stages took."""
+        reason = verdict.reason.value if verdict.reason else ""
+        self.verdicts.labels(camera, verdict.outcome.value, reason).inc(parts)
+        if verdict.reason is Reason.LATE:
+            self.deadline_missed.labels(camera).inc()
+        for stage in _STAGES:
+            milliseconds = getattr(verdict.timings, f"{stage}_ms")
+            if milliseconds is not None:
+                self.stage_seconds.labels(stage).observe(milliseconds / 1e3)
 
 
 def serve_metrics(metrics: Metrics, address: tuple[str, int]) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from daemon.errors import DeviceError
-from daemon.types import AnomalyMap, Frame, Timings
+from daemon.types import AnomalyMap, FloatArray, Frame, Timings
 
 if TYPE_CHECKING:  # tables.py is also for machines that have NumPy alone
     from daemon.bundle import Bundle
@@ -28,6 +28,9 @@ class Backend(Protocol):
 
         Raises DeviceError.
         """
+
+    def network_input(self) -> FloatArray:
+        """What the networks saw of the last frame, (3 h w) normalised, good until the next one. Raises DeviceError."""
 
     def close(self) -> None:
         """Give back what was allocated; the backend is not used afterwards."""

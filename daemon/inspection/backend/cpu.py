@@ -57,6 +57,9 @@ class CpuBackend:
         spent_ms = [spent / 1e6 for spent in (prepared - started, inferred - prepared, ended - inferred)]
         return found, Timings(None, None, *spent_ms)
 
+    def network_input(self) -> FloatArray:
+        return np.asarray(self._input[0])
+
     def preprocess(self, frame: Frame) -> Tensor:
         """(H W C) pixels -> (1 3 h w), resized and normalised as the manifest says."""
         return Tensor(normalise(frame, self._preprocessing, self._resizer, self._input))

@@ -129,6 +129,10 @@ class CudaBackend:
             self._stream.synchronize()
         return AnomalyMap(self._found_map, size.frame_hw, from_ordered(int(self._found_score[0]))), Timings()
 
+    def network_input(self) -> FloatArray:
+        image = self.tap("image", (3, *self._hw), np.float16)
+        return image.astype(np.float32)
+
     def mask(self) -> npt.NDArray[np.bool_]:
         """Tap: where the last map reached the limit, (h w); the lowest limit where there are several products."""
         words = np.empty((self._hw[0], -(-self._hw[1] // 32)), np.uint32)
