@@ -39,7 +39,7 @@ class Shown(IntEnum):
 REASON_CODES = {
     None: 0, **{reason.value: 1 + place for place, reason in enumerate((
         Reason.DEFECT, Reason.BAD_FRAME, Reason.NOT_READY, Reason.OVERLOAD, Reason.SUPERSEDED, Reason.MISSING,
-        Reason.ENGINE_ERROR, Reason.LATE,
+        Reason.ENGINE_ERROR, Reason.LATE, Reason.SETUP,
     ))},
     "NO_LEASE": 100, "EXPIRED": 101, "BAD_TAG": 102,
 }  # fmt: skip

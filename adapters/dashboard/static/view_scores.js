@@ -11,7 +11,7 @@ const [WIDTH, HEIGHT, FOOT] = [800, 240, 28]
 export function open(root, app) {
   const cards = Object.keys(app.session.cameras).map(name => {
     const words = h("p", {}, "Loading …")
-    const drift = h("p", { class: "note" }, "Drift: not measured by this daemon.")
+    const drift = h("p", { class: "note" }, "Nothing judged since the daemon's start, the last reset or the last swap.")
     const chart = h("div", {})
     return { name, words, drift, chart, element: h("section", { class: "scores", "aria-labelledby": `scores-${name}` },
       h("h2", { id: `scores-${name}` }, name), words, chart, drift) }
@@ -22,7 +22,7 @@ export function open(root, app) {
   const refresh = () => Promise.all(cards.map(draw))
   const timer = setInterval(refresh, AGAIN_MS)
   const take = ({ detail }) => {
-    for (const card of cards) tellDrift(card.drift, detail.status?.drift?.[card.name])
+    for (const card of cards) tellDrift(card.drift, detail.status?.watch?.[card.name])
   }
   app.live.addEventListener("state", take)
   refresh()
@@ -63,10 +63,19 @@ function chart(found, words) {
     s("text", { x: 2, y: HEIGHT - 6 }, score(low)), s("text", { x: WIDTH - 2, y: HEIGHT - 6, "text-anchor": "end" }, `${score(high)} and more`))
 }
 
-/** Whatever the daemon tells of drift: a state in words, and the figures beside it. */
-function tellDrift(element, drift) {
-  if (drift == null) return
-  const figures = Object.entries(drift).filter(([, value]) => typeof value === "number").map(([name, value]) => `${name} ${number(value, 2)}`)
-  text(element, `Drift: ${drift.state ?? ""} ${figures.join(", ")}`)
-  element.classList.toggle("fault", drift.state != null && drift.state !== "OK")
+/** What the watch says of this camera: its alarms in its own words, else how far the nearer of both tests is from one. */
+function tellDrift(element, byProduct) {
+  const posts = Object.entries(byProduct ?? {})
+  if (posts.length === 0) return
+  const alarms = posts.flatMap(([product, post]) => Object.entries(post.alarms ?? {}).map(([word, what]) => `${word} (${product}): ${what}`))
+  const quiet = posts.map(([product, post]) => {
+    const rejects = post.rejects?.estimate == null ? "" : `, rejects ${number(100 * post.rejects.estimate, 1)} % (${post.rejects.promise})`
+    return `${product}: scores ${share(post.driftStatistic)}, images ${share(post.setupStatistic)} of the way to an alarm${rejects}`
+  })
+  text(element, alarms.length ? `Alarm: ${alarms.join("; ")}. Look, then: inspectd reset` : `No alarm. ${quiet.join("; ")}`)
+  element.classList.toggle("fault", alarms.length > 0)
+}
+
+function share(value) {
+  return value == null ? "not measured" : `${number(100 * value, 0)} %`
 }
