@@ -22,7 +22,7 @@ from daemon.types import Header
 
 _PING_NS = 50_000_000
 
-Hear = Callable[[Header, int], object]
+Hear = Callable[[Header, int, bool], object]  # a VERDICT, when it came, whether the lease took it in
 
 
 class Bridge:
@@ -52,7 +52,7 @@ class Bridge:
         return self._next_ping_ns
 
     def take(self) -> None:
-        """All that waits. `hear` gets each verdict that the lease has taken in, repetitions too, and the time."""
+        """All that waits. `hear` gets each verdict, repetitions and those of another run too."""
         while True:
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -67,11 +67,10 @@ class Bridge:
 
     def _take(self, header: Header, now_ns: int) -> None:
         acknowledgement = self.lease.receive(header, now_ns)
-        if acknowledgement is None:
-            return
-        self._send(acknowledgement)
-        if self._hear is not None:
-            self._hear(header, now_ns)
+        if acknowledgement is not None:
+            self._send(acknowledgement)
+        if self._hear is not None and header.get("type") == "VERDICT":
+            self._hear(header, now_ns, acknowledgement is not None)
 
     def reconnect(self, lease: Lease) -> None:
         """Go away and come back knowing nothing: a new socket, and a HELLO."""

@@ -174,7 +174,7 @@ class Line:
             part.results.append(header)
             part.decided_ns = part.decided_ns or time.monotonic_ns()
 
-    def _take_permit(self, header: Header, now_ns: int) -> None:
+    def _take_permit(self, header: Header, now_ns: int, _taken: bool) -> None:  # noqa: FBT001 - as a bridge tells it
         if header["camera"] != self.camera or header["epoch"] != self.epoch:
             return
         part = self.parts.get(header["seq"])

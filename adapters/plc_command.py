@@ -54,7 +54,7 @@ async def serve(station: Station, handover: Handover, plc: Serve) -> None:
     context: zmq.Context[Any] = zmq.Context()
     bridge = Bridge(
         context, station.permits, station.keys, station.line, lease=Lease(station.lease_ms),
-        hear=lambda header, _: handover.take(header),
+        hear=lambda header, _, taken: taken and handover.take(header),
     )  # fmt: skip
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()

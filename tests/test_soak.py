@@ -203,9 +203,9 @@ def test_a_verdict_that_is_told_twice_fails_the_command(engine, tmp_path, monkey
 def test_a_bridge_that_is_not_shown_a_verdict_fails_the_command(engine, tmp_path, monkeypatch):
     take = Line._take_permit
 
-    def overlook_one(line, header, now_ns):
+    def overlook_one(line, header, now_ns, taken):
         if (header["camera"], header["seq"]) != ("cam1", 5):
-            take(line, header, now_ns)
+            take(line, header, now_ns, taken)
 
     monkeypatch.setattr(Line, "_take_permit", overlook_one)
     ended, found = run_command(engine, tmp_path, "--faults", 0)

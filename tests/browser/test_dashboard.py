@@ -205,7 +205,7 @@ def test_scores_lie_before_the_calibration_and_the_limit(page, rejects):
     assert chart.locator(".bar-calibration").count() >= 1
     assert chart.locator(".bar-line").count() >= 1
     expect(chart).to_contain_text("Calibration: 20")
-    expect(chart).to_contain_text("Drift: not measured")
+    expect(chart).to_contain_text("No alarm. part: scores")
 
 
 def test_a_viewer_is_offered_no_change(page, shown):
