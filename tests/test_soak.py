@@ -141,7 +141,7 @@ def test_a_doctored_ledger_is_found_out(soaked, tmp_path, name):
     statement, told = DOCTORED[name]
     shutil.copytree(site.folder / "run/ledger", tmp_path / "run/ledger")
     with sqlite3.connect(tmp_path / "run/ledger/ledger.sqlite") as db:
-        assert db.execute(statement).rowcount == 1
+        assert db.execute(statement).rowcount >= 1
     _, faults = soak.balance(replace(site, folder=tmp_path), tallies, windows)
     assert any(told in fault for fault in faults), faults
 

@@ -300,6 +300,8 @@ def test_every_path_that_the_unit_names_is_installed_or_made(installed):
     ):
         named |= {path.rstrip(".") for path in re.findall(r"(?:/opt|/var/lib)/inspectd[\w./-]*", place.read_text())}
     assert {"/opt/inspectd/bin/inspectd", "/var/lib/inspectd/config.yaml", "/var/lib/inspectd/keys"} <= named
+    # A dynamic user's folder is made when the unit starts.
+    named = {path for path in named if not path.startswith("/var/lib/inspectd-plc")}
     missing = {path for path in named if not (installed / path.lstrip("/")).exists()}
     assert missing == {"/opt/inspectd/bin/inspectd"}  # which pip makes, from this line:
     assert '\n[project.scripts]\ninspectd = "daemon.cli:main"\n' in (ROOT / "pyproject.toml").read_text()

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -59,8 +60,9 @@ def serve(app: Any, place: Place) -> None:
         ssl_keyfile=tls.key if tls else None,
     )
     log.info("serving %s://%s line=%s", "https" if tls else "http", settings.bind, place.config.line)
-    if os.getpriority(os.PRIO_PROCESS, 0) < _NICE:  # the unit has done it
-        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+    if os.getpriority(os.PRIO_PROCESS, 0) < _NICE:
+        with suppress(PermissionError):  # under a unit that forbids it: the unit has set its own
+            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     # uvicorn stops at either and then raises it again, for whoever waits for it: here that is nobody, and 0 is the end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
