@@ -38,7 +38,7 @@ from daemon.line.sockets import connect
 from daemon.line.wire import encode_frame
 from tests.bundles import bad_pixels, good_pixels, raw_frame
 from tests.daemons import Site, make_site
-from tests.dashboards import PASSWORD, Shown, set_up
+from tests.dashboards import PASSWORD, Shown, log_in, set_up
 
 _CAMERAS = 4
 _SIZE = (256, 256)
@@ -190,9 +190,7 @@ def in_browser(shown: Shown) -> Iterator[Callable[[], dict[str, Any]]]:
         stack.callback(browser.close)
         page = browser.new_page(viewport={"width": 1180, "height": 820})
         page.goto(shown.url)
-        page.get_by_label("Name").fill("olga")
-        page.get_by_label("Password").fill(PASSWORD)
-        page.get_by_role("button", name="Log in").click()
+        log_in(page)
         page.locator("[data-camera]").first.wait_for()
         page.evaluate(_SEEN)
         began_ns, share = time.time_ns(), processor_share(shown)

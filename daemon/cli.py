@@ -196,7 +196,7 @@ def reset(config_path: Path, camera: str | None) -> None:
     """Forget the alarms DRIFT and SETUP of CAMERA, or of all, and begin to watch anew."""
     from daemon.line.control import ask
 
-    print(json.dumps(ask(load_config(config_path).control.bind, "reset", camera=camera), indent=1))
+    print(json.dumps(ask(load_config(config_path).control.bind, "reset", user=_who(), camera=camera), indent=1))
 
 
 @cli.command()

@@ -22,7 +22,7 @@ from daemon.keys import make_peer, make_server_key
 from daemon.types import RawFrame
 from examples.parts import DEFECTS, render_part, write_dataset
 from tests.daemons import Site, tcp
-from tests.dashboards import PASSWORD, Shown, set_up
+from tests.dashboards import Shown, log_in, set_up
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMERAS = ("left", "right", "top", "exit")
@@ -99,9 +99,7 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
             page = browser.new_page(viewport={"width": 1180, "height": 820})
             page.goto(shown.url)
-            page.get_by_label("Name").fill("olga")
-            page.get_by_label("Password").fill(PASSWORD)
-            page.get_by_role("button", name="Log in").click()
+            log_in(page)
             page.locator("[data-camera]").first.wait_for()
             for number in range(ROUNDS):
                 parts = [line.send(frame(line, number)) for line in lines]

@@ -126,3 +126,10 @@ def events(site: Site) -> list[dict[str, Any]]:
 def message(text: str | bytes) -> dict[str, Any]:
     """A WebSocket text as the page reads it."""
     return json.loads(text)
+
+
+def log_in(page: Any, name: str = "olga", password: str = PASSWORD) -> None:
+    """On the login page of a browser."""
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button", name="Log in").click()

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.line import Line
+from daemon.cli import _who
 from daemon.commands import tell_degraded
 from daemon.config import Camera
 from daemon.errors import UsageError
@@ -290,6 +291,9 @@ def test_dimmed_lamp_is_told_everywhere_and_changes_no_verdict_where_config_says
         assert "camera=cam1: camera set-up changed: brightness" in site.log
         done = site.run_command("reset", "cam1")
         assert (done.returncode, json.loads(done.stdout)["watch"]["cam1"]) == (0, {})
+        (event,) = (record for record in site.journal() if record["t"] == "event")
+        assert (event["command"], event["user"]) == ("reset", _who())
+        assert event["user"]
         wait_for(line, lambda: line.lease.degraded is None)
 
 

@@ -16,7 +16,7 @@ import pytest
 from daemon.record.recorder import recorded_as
 from tests.bundles import bad_pixels, install_bundle
 from tests.daemons import make_site
-from tests.dashboards import PASSWORD, Shown, events, set_up
+from tests.dashboards import Shown, events, log_in, set_up
 from tests.lines import pump_until, send, settle, wait_for
 
 if shutil.which("chromium") is None and not os.environ.get("CI"):
@@ -69,12 +69,6 @@ def page(browser, shown):
     assert {url.split("/")[2] for url in asked if not url.startswith("blob:")} == {shown.url.split("/")[2]}
     assert complaints == []
     context.close()
-
-
-def log_in(page, name="olga", password=PASSWORD):
-    page.get_by_label("Name").fill(name)
-    page.get_by_label("Password").fill(password)
-    page.get_by_role("button", name="Log in").click()
 
 
 def go(page, view):

@@ -1,7 +1,7 @@
 """The CPU's exact search with pruning: nearest_cpu.c rules most rows out by a bound, and measures the rest in float32.
 
 The bound is Cauchy-Schwarz in the bank's own principal axes: |q - c|^2 >= |q|^2 + |c|^2 - 2 (q_K.c_K + |q_R| |c_R|).
-With K = 48 of 152 axes a hundredth of the rows is left, once the row of the best bound has been measured.
+With the bank's K = 48 widest axes few rows are left once the row of the best bound has been measured.
 Everything here is rounded so that the bound stays one: a row is measured for nothing now and then, never missed.
 """
 
