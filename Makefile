@@ -6,7 +6,7 @@ PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.vers
 
 .PHONY: demo test test-browser test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
-.venv/.installed: pyproject.toml constraints.txt daemon/inspection/backend/kernels/nearest_cpu.c
+.venv/.installed: pyproject.toml constraints.txt $(wildcard daemon/inspection/backend/kernels/nearest_*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dashboard,dev]'
 	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they

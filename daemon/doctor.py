@@ -132,16 +132,20 @@ def available_memory_gb() -> float:
 def _machine() -> Iterator[Finding]:
     import openvino as ov
 
-    from daemon.inspection.backend.pruned import load_library
+    from daemon.inspection.backend.pruned import forms_here, load_library
 
     core = ov.Core()
     name = core.get_property("CPU", "FULL_DEVICE_NAME")
     bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     cores = len(os.sched_getaffinity(0))
     yield Finding("ok" if cores > 1 else "WARN", f"processor: {name}, {cores} core(s), bf16 {'yes' if bf16 else 'no'}")
-    compiled = load_library() is not None
-    advice = "yes" if compiled else "no, OpenVINO searches, slower: install a C compiler, then inspectd again"
-    yield Finding("ok" if compiled else "WARN", f"compiled search: {advice}")
+    library = load_library()
+    advice = (
+        f"yes, {forms_here(library)[-1]}"
+        if library
+        else "no, OpenVINO searches, slower: install a C compiler, then inspectd again"
+    )
+    yield Finding("ok" if library else "WARN", f"compiled search: {advice}")
     memory_gb = available_memory_gb()
     enough = memory_gb >= _MEMORY_NEEDED_GB
     yield Finding("ok" if enough else "WARN", f"memory: {memory_gb:.1f} GB free, wanted {_MEMORY_NEEDED_GB:.0f}")

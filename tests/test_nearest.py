@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,26 @@ def library() -> Any:
     return found
 
 
+LIBRARY = pruned.load_library()
+# Every form that this machine can run; where none was compiled, library() says whether one should have been.
+FORMS = pruned.FORMS[:1] if LIBRARY is None else pruned.forms_here(LIBRARY)
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def prune(core: Array, queries: Array, form: str, threads: int = 1) -> PrunedRows:
+    return PrunedRows(library(), {"core": core}, ov.Tensor(queries, shared_memory=True), threads, form)
+
+
 def search(bank: dict[str, Array], queries: Array, precision: str) -> tuple[Any, Array]:
-    if precision == "pruned":
-        return PrunedRows(library(), bank, ov.Tensor(queries, shared_memory=True), 1).find()
+    if precision in pruned.FORMS:
+        return prune(bank["core"], queries, precision).find()
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1}
     return NearestRows(bank, ov.Tensor(queries, shared_memory=True), options).find()
 
 
-@pytest.fixture(params=["f32", "bf16", "pruned"])
+@pytest.fixture(params=["f32", "bf16", *FORMS])
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """All searches; where the processor has no bf16, OpenVINO computes the second one in float32."""
+    """All searches, the pruned one in each form; where the processor has no bf16, OpenVINO computes the second one in float32."""
     return str(request.param)
 
 
@@ -67,7 +79,7 @@ def test_row_is_the_nearest_or_as_near_as_the_precision_tells(precision: str, ro
     # of the centred product are rounded, and the result, which is minus half the squared distance; its pieces are not.
     # A squared distance is twice that, and two rows are compared.
     core, q = bank["core"].astype(float), queries.astype(float)
-    if precision == "pruned":  # as the bound is one, only the rounding of distances themselves is left
+    if precision in pruned.FORMS:  # as the bound is one, only the rounding of distances themselves is left
         bound = 2 * (CHANNELS + 3) * UNIT["f32"] * table
     elif precision == "f32":
         bound = 2 * (CHANNELS + 4) * UNIT["f32"] * (np.abs(q) @ np.abs(core).T + 0.5 * (core**2).sum(1))
@@ -107,12 +119,15 @@ def test_features_that_are_no_numbers_give_distances_that_are_none(precision: st
 # The pruned search alone
 
 
+@each_form
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("patches", [1, 7, 8, 9, 300])
-def test_what_is_found_depends_neither_on_the_threads_nor_on_the_frame_before(threads: int, patches: int) -> None:
+@pytest.mark.parametrize("patches", [1, 7, 8, 9, 31, 32, 33, 300])
+def test_what_is_found_depends_neither_on_the_threads_nor_on_the_frame_before(
+    form: str, threads: int, patches: int
+) -> None:
     bank = bank_of(1300)
     queries = np.zeros((patches, CHANNELS), np.float32)
-    searching = PrunedRows(library(), bank, ov.Tensor(queries, shared_memory=True), threads)
+    searching = prune(bank["core"], queries, form, threads)
     frames = [queries_near(bank["core"], seed)[:patches] for seed in (1, 2, 1)]
     found = []
     for frame in frames:
@@ -120,43 +135,89 @@ def test_what_is_found_depends_neither_on_the_threads_nor_on_the_frame_before(th
         rows, distance_sq = searching.find()
         found.append((rows.copy(), distance_sq.copy()))
     searching.close()
-    alone = PrunedRows(library(), bank, ov.Tensor(frames[1], shared_memory=True), 1).find()
+    alone = prune(bank["core"], frames[1], form).find()
     for one, other in ((found[0], found[2]), (found[1], alone)):
         assert np.array_equal(one[0], other[0])
         assert np.array_equal(one[1], other[1])
 
 
-def test_of_equally_near_rows_the_first_is_found() -> None:
+@each_form
+def test_of_equally_near_rows_the_first_is_found(form: str) -> None:
     bank = bank_of(1300)
     for row in (40, 700, 1299):
         bank["core"][row] = bank["core"][5]
     queries = np.repeat(bank["core"][[5]], 9, axis=0)
-    rows, distance_sq = PrunedRows(library(), bank, ov.Tensor(queries, shared_memory=True), 1).find()
+    rows, distance_sq = prune(bank["core"], queries, form).find()
     assert (rows == 5).all()
     assert (distance_sq == 0).all()
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@each_form
+@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_no_near_row_is_ruled_out_by_rounding(scale: float, offset: float) -> None:
+def test_no_near_row_is_ruled_out_by_rounding(form: str, scale: float, offset: float) -> None:
     """Far from the origin, tiny and huge: the bound is computed from rounded numbers, and must stay one."""
     rng = np.random.default_rng(4)
     core = (scale * (offset + rng.normal(size=(999, 152)))).astype(np.float32)
     queries = (core[rng.integers(999, size=200)] + scale * rng.normal(0, 0.5, (200, 152))).astype(np.float32)
-    rows, _ = PrunedRows(library(), {"core": core}, ov.Tensor(queries, shared_memory=True), 1).find()
-    exact = np.square(queries[:, None] - core[None]).astype(np.float64).sum(2)
+    rows, _ = prune(core, queries, form).find()
+    exact = np.square(queries[:, None].astype(np.float64) - core[None]).sum(2)
     patches = np.arange(200)
     best = exact.min(1)
     assert (exact[patches, rows] <= best * (1 + 200 * UNIT["f32"])).all()
 
 
-def test_bank_that_lies_in_one_point_or_on_a_line_is_searched() -> None:
+@each_form
+def test_bank_that_lies_in_one_point_or_on_a_line_is_searched(form: str) -> None:
     for core in (np.full((60, 152), 3.0), np.outer(np.arange(60), np.ones(152))):
         bank = {"core": core.astype(np.float32)}
         queries = np.ascontiguousarray(bank["core"][[0, 20, 59]])
-        rows, distance_sq = PrunedRows(library(), bank, ov.Tensor(queries, shared_memory=True), 1).find()
+        rows, distance_sq = prune(bank["core"], queries, form).find()
         assert (distance_sq == 0).all()
         assert np.array_equal(bank["core"][rows], queries)
+
+
+@each_form
+def test_rows_that_are_far_are_not_measured(form: str) -> None:
+    """A search that measured them would find the same, slowly. So they are made the nearest behind its back."""
+    core = bank_of(1300)["core"]
+    query = core[-1].copy()
+    distance_sq = np.square(core - query).sum(1)
+    far = distance_sq > np.quantile(distance_sq, 0.1)
+    far[0] = False  # is where every patch begins
+    searching = prune(core, np.repeat(query[None], 40, axis=0), form)
+    core[far] = query  # measured rows are read from here, their bounds are not
+    rows, _ = searching.find()
+    assert (rows == len(core) - 1).all()
+
+
+_MATRIX_UNIT = """
+#include <immintrin.h>
+__attribute__((target("amx-tile"))) void set_up(const char *config) {
+    __asm__ volatile("ldtilecfg %0" : : "m"(*(const char(*)[64])config));
+}
+__attribute__((target("amx-tile"))) void read_back(char *config) {
+    __asm__ volatile("sttilecfg %0" : "=m"(*(char(*)[64])config));
+}
+"""
+
+
+@pytest.mark.skipif("amx" not in FORMS, reason="this processor has no AMX")
+def test_amx_leaves_the_matrix_unit_as_it_found_it(tmp_path: Path) -> None:
+    """OpenVINO may keep the unit's set-up from one bf16 call to the next, in the same thread."""
+    (tmp_path / "unit.c").write_text(_MATRIX_UNIT)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "unit.so", tmp_path / "unit.c"], check=True)
+    unit = ctypes.CDLL(str(tmp_path / "unit.so"))
+    bank = bank_of(1300)
+    searching = prune(bank["core"], queries_near(bank["core"]), "amx")
+    theirs = bytes(
+        [1] + 15 * [0] + 8 * [32, 0] + 16 * [0] + 8 * [7] + 8 * [0]
+    )  # palette 1, eight tiles of 7 x 32 bytes
+    unit.set_up(theirs)
+    searching.find()
+    after = ctypes.create_string_buffer(64)
+    unit.read_back(after)
+    assert after.raw == theirs
 
 
 def test_without_a_usable_compiled_search_there_is_none_to_load(tmp_path: Path, caplog: Any) -> None:
@@ -169,8 +230,8 @@ def test_without_a_usable_compiled_search_there_is_none_to_load(tmp_path: Path, 
 def test_doctor_says_whether_the_search_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from daemon.doctor import _machine
 
-    library()
-    assert "ok    compiled search: yes" in {str(finding) for finding in _machine()}
+    form = pruned.forms_here(library())[-1]
+    assert f"ok    compiled search: yes, {form}" in {str(finding) for finding in _machine()}
     monkeypatch.setattr(pruned, "load_library", lambda: None)
     (told,) = (finding for finding in _machine() if "compiled search" in str(finding))
     assert told.state == "WARN"
