@@ -2,13 +2,14 @@
 
     python -m tests.fuzz --runs 1000000 --seconds 14400 [NAME...]
 
-A target ends at its first crash; the input is left in tests/fuzz/crashes/ and the exit code is 1. Result, when all
-targets ran: bench/results/fuzz.json.
+A target ends at its first crash; the input is left in tests/fuzz/crashes/ and the exit code is 1. Result, for all
+targets or for those named and --save: bench/results/fuzz.json, each target with the commit that it ran at.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.record import origin, write_result
+from bench.record import RESULTS, origin, write_result
 from tests.fuzz.targets import MEMORY, ROOT, TARGETS
 
 CRASHES = ROOT / "tests" / "fuzz" / "crashes"
@@ -54,21 +55,27 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1_000_000, help="executions a target")
     parser.add_argument("--seconds", type=int, default=14_400, help="at most, a target")
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time; one takes one core")
+    parser.add_argument("--save", action="store_true", help="take the results of named targets in; all are always")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(TARGETS)):
         parser.error(f"found target {unknown[0]!r}, wanted one of {', '.join(TARGETS)}")
     if find_spec("atheris") is None:
         parser.error("atheris is not installed; pip install 'inspectd[fuzz]'")
 
+    made = origin("atheris", "opencv-python-headless", "pydantic")
+
     def tell(name: str) -> dict[str, Any]:
-        row = fuzz(name, options.runs, options.seconds)
+        row = {**fuzz(name, options.runs, options.seconds), "commit": made["commit"]}
         print(row, flush=True)
         return row
 
     with ThreadPoolExecutor(options.jobs) as jobs:
         rows = list(jobs.map(tell, options.names or TARGETS))
-    if not options.names:
-        write_result("fuzz.json", {**origin("atheris", "opencv-python-headless", "pydantic"), "targets": rows})
+    if options.save or not options.names:
+        path = RESULTS / "fuzz.json"
+        known = {row["target"]: row for row in json.loads(path.read_text())["targets"]} if path.exists() else {}
+        known |= {row["target"]: row for row in rows}
+        write_result("fuzz.json", {**made, "targets": [known[name] for name in TARGETS if name in known]})
     sys.exit(any(row["crashes"] for row in rows))
 
 
