@@ -351,7 +351,7 @@ def a_second_daemon(site):
     return ["run"], hold_alone(site.folder / "run/ledger")
 
 
-@mistake(78, "ledger: cannot hold the ledger: ", "name another folder (ledger.dir)")
+@mistake(70, "ledger: cannot hold the ledger: ", "name another folder (ledger.dir)")
 def a_file_for_the_ledgers_folder(site):
     Path("ledger").write_text("")
     changed(site, "ledger", dir="ledger")

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, InspectError
 
 log = logging.getLogger("inspectd.journal")
 
@@ -140,7 +140,7 @@ class Journal:
 
 
 def hold_alone(folder: Path) -> Callable[[], None]:
-    """Lock the folder for this process; returns what gives it back. Raises ConfigError if another one holds it.
+    """Lock the folder for this process; returns what gives it back. Raises ConfigError where another one holds it.
 
     ipc sockets can be taken over in silence, so this, not a bind, is what keeps a second daemon away.
     """
@@ -148,9 +148,9 @@ def hold_alone(folder: Path) -> Callable[[], None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+")
     except OSError as error:
-        raise ConfigError(
-            str(folder),
-            [f"cannot hold the ledger: {error.strerror}; name another folder (ledger.dir), or give it to this user"],
+        # 70, which is tried again: the disk may be mounted late, or full for a while.
+        raise InspectError(
+            f"{folder}: cannot hold the ledger: {error.strerror}; name another folder (ledger.dir), or chown this one"
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
