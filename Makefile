@@ -4,9 +4,11 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: demo test test-browser test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
+.PHONY: reference demo test test-browser test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt daemon/inspection/backend/kernels/nearest_cpu.c
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), wanted Python 3.10 or newer: make PYTHON=python3.11" >&2; exit 64; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[train,demo,plc,dashboard,dev]'
 	# TensorRT's types for mypy alone: beside the other packages they would pass for tensorrt itself, and with what they
@@ -46,6 +48,10 @@ accuracy: .venv/.installed  ## make accuracy DATA=folder; what is missing in ben
 	$(BIN)/python -m bench.accuracy --data $(DATA)
 	$(BIN)/python -m bench.tables
 
+reference: .venv/.installed  ## docs/reference.md, the manual page and the completion, from the code
+	$(BIN)/python -m bench.reference
+	$(BIN)/python -m examples.grafana_dashboard
+
 limits: .venv/.installed  ## make limits DATA=folder: does the limit keep its word; some 7 minutes
 	$(BIN)/python -m bench.limits --data $(DATA)
 
@@ -81,6 +87,8 @@ HOUSE = $(DESTDIR)$(PREFIX)
 UNITS = $(DESTDIR)/usr/lib/systemd/system
 STATE = $(DESTDIR)/var/lib/inspectd
 SHOWN = $(DESTDIR)/var/lib/inspectd-dashboard
+MANUAL = $(DESTDIR)/usr/share/man/man1
+COMPLETION = $(DESTDIR)/usr/share/bash-completion/completions
 TO_PREFIX = sed 's|/opt/inspectd|$(PREFIX)|g'
 
 own-folder:
@@ -106,7 +114,7 @@ endif
 
 install-files: own-folder
 	install -d -m 0755 $(HOUSE) $(HOUSE)/share $(HOUSE)/share/dropins $(HOUSE)/share/doc
-	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d
+	install -d -m 0755 $(UNITS) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d $(MANUAL) $(COMPLETION)
 	for name in inspectd.service inspectd-plc@.service inspectd-camera@.service inspectd-dashboard.service; do \
 		$(TO_PREFIX) systemd/$$name | install -m 0644 /dev/stdin $(UNITS)/$$name || exit; done
 	for name in nvidia jetson; do \
@@ -116,6 +124,8 @@ install-files: own-folder
 	for name in inspectd inspectd-dashboard; do \
 		install -m 0644 systemd/$$name.sysusers $(DESTDIR)/usr/lib/sysusers.d/$$name.conf || exit; \
 		install -m 0644 systemd/$$name.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
+	install -m 0644 share/inspectd.1 $(MANUAL)/inspectd.1
+	install -m 0644 share/inspectd.bash $(COMPLETION)/inspectd
 	test -d $(STATE) || install -d -m 0750 $(STATE)
 	test -e $(STATE)/config.yaml || install -m 0644 config.yaml $(STATE)/config.yaml
 	test -d $(SHOWN) || install -d -m 0700 $(SHOWN)
@@ -132,6 +142,7 @@ endif
 		rm -f $(UNITS)/$$name || exit; done
 	for name in inspectd inspectd-dashboard; do \
 		rm -f $(DESTDIR)/usr/lib/sysusers.d/$$name.conf $(DESTDIR)/usr/lib/tmpfiles.d/$$name.conf || exit; done
+	rm -f $(MANUAL)/inspectd.1 $(COMPLETION)/inspectd
 	rm -rf $(HOUSE)
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi

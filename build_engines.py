@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import click
+from daemon.needs import demand
 
-from daemon.errors import UsageError
-from trainer import build, finish
-from trainer.draft import open_draft, with_limit
-from trainer.site import Options, open_site, parse_targets, publish, run_command
+demand(to_build=True)  # before the imports that would fail
+
+import click  # noqa: E402
+
+from daemon.errors import UsageError  # noqa: E402
+from trainer import build, finish  # noqa: E402
+from trainer.draft import open_draft, with_limit  # noqa: E402
+from trainer.site import Options, open_site, parse_targets, publish, run_command  # noqa: E402
 
 _FOLDER = click.Path(path_type=Path)
 

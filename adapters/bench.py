@@ -210,10 +210,15 @@ def golden_pictures(bundle: Bundle) -> list[Picture]:
 @click.option(
     "--images", type=click.Path(path_type=Path, exists=True), help="Frames to send; default: the golden frames."
 )
-@click.option("--frames", type=click.IntRange(50), default=1000, show_default=True)
-@click.option("--precision", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--trusted", type=click.Path(path_type=Path), default=Path("keys/trusted.yaml"), show_default=True)
+@click.option("--frames", type=click.IntRange(50), default=1000, show_default=True, help="How many to time.")
+@click.option(
+    "--precision", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Of the computation."
+)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Inference threads.")
+@click.option(
+    "--trusted", type=click.Path(path_type=Path), default=Path("keys/trusted.yaml"), show_default=True,
+    help="Whose engines are accepted.",
+)  # fmt: skip
 def command(bundle: Path, images: Path | None, frames: int, precision: str, threads: int, trusted: Path) -> None:  # noqa: PLR0917
     """Throughput, and p50, p95, p99 and max of every stage at half load, as JSON."""
     opened = open_bundle(bundle, load_trusted(trusted))

@@ -266,7 +266,9 @@ def _daemon_of(config_path: Path | None, line: str | None, address: str | None) 
 )
 @click.option("--once", is_flag=True, help="End a replay with its last picture; default: from the beginning again.")
 @click.option("--count", type=click.IntRange(1), help="End after so many pictures.")
-@click.option("--encoding", type=click.Choice(["raw", "jpeg", "png"]), default="raw", show_default=True)
+@click.option(
+    "--encoding", type=click.Choice(["raw", "jpeg", "png"]), default="raw", show_default=True, help="As sent."
+)
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of --encoding jpeg.")
 @click.option("--gray", is_flag=True, help="Send one channel of a colour source.")
 @click.option("--product", help="Which engine judges; default: the camera's in the daemon's configuration.")

@@ -166,7 +166,7 @@ def command() -> None:
 @station_options
 @click.option("--plc", "plc", default="", help="HOST:PORT of the PLC's Modbus server: write into it.")
 @click.option("--serve", "at", default="", help="HOST:PORT to listen at: the PLC reads from here.")
-@click.option("--unit", type=click.IntRange(0, 255), default=1, show_default=True)
+@click.option("--unit", type=click.IntRange(0, 255), default=1, show_default=True, help="Of the Modbus address.")
 @click.option("--base", type=click.IntRange(0, 65493), default=0, show_default=True, help="The first holding register.")
 @click.option("--cycle-ms", type=click.IntRange(5, 1000), default=20, show_default=True, help="With --plc.")
 def modbus(  # noqa: PLR0917 - click hands every option over
@@ -199,9 +199,12 @@ def modbus(  # noqa: PLR0917 - click hands every option over
 @command.command("opcua")
 @station_options
 @click.option("--serve", "at", default="127.0.0.1:4840", show_default=True, help="HOST:PORT to listen at.")
-@click.option("--certificates", type=click.Path(path_type=Path), default=Path("keys/opcua"), show_default=True)
+@click.option(
+    "--certificates", type=click.Path(path_type=Path), default=Path("keys/opcua"), show_default=True,
+    help="Folder of the server's certificate and of those it trusts.",
+)  # fmt: skip
 @click.option("--insecure", is_flag=True, help="No encryption, and nobody is asked who they are.")
-@click.option("--cycle-ms", type=click.IntRange(5, 1000), default=20, show_default=True)
+@click.option("--cycle-ms", type=click.IntRange(5, 1000), default=20, show_default=True, help="How often it is shown.")
 def opcua(  # noqa: PLR0917 - click hands every option over
     config: Path | None, peer: Path | None, line: str, permits: str, cameras: tuple[str, ...],
     at: str, certificates: Path, insecure: bool, cycle_ms: int,  # noqa: FBT001 - click

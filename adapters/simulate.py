@@ -186,7 +186,12 @@ def addresses_of(config: Config) -> Addresses:
 @click.command("simulate")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("config.yaml"),
+    show_default=True,
+    help="The daemon's configuration.",
 )
 @click.option("--camera", help="Which camera of the configuration to be; default: the first.")
 @click.option(
@@ -196,10 +201,10 @@ def addresses_of(config: Config) -> Addresses:
     "--rate", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="Frames a second."
 )
 @click.option("--count", type=click.IntRange(1), help="How many frames; default: each image once.")
-@click.option("--jitter-ms", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--jitter-ms", type=click.FloatRange(0), default=0.0, show_default=True, help="Most delay of a frame.")
 @click.option("--lose", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of numbers left out.")
 @click.option("--shuffle", is_flag=True, help="Mix the images (seeded); default: by name.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of losses, delays and order.")
 @click.option("--results", type=click.Path(path_type=Path), help="Write one JSON object a part to this file.")
 def command(  # noqa: PLR0917 - click hands every option over
     folder: Path,
@@ -219,6 +224,11 @@ def command(  # noqa: PLR0917 - click hands every option over
     name = camera or next(iter(config.cameras))
     if name not in config.cameras:
         raise UsageError(f"found camera {name!r}, wanted one of {', '.join(config.cameras)} (--camera)")
+    if peer is None and any(endpoint.uses_curve for _, endpoint in config.endpoints()):
+        raise UsageError(
+            "found no --peer, and the daemon's sockets ask for keys; wanted --peer FILE, made by: inspectd keygen peer "
+            "NAME --role camera --role subscriber --role bridge"
+        )
     pictures = load_pictures(folder)
     order = np.random.default_rng(seed).permutation(len(pictures)) if shuffle else np.arange(len(pictures))
     chosen = [pictures[order[i % len(order)]] for i in range(count or len(pictures))]

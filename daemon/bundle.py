@@ -180,7 +180,9 @@ def open_bundle(folder: Path, trusted: Iterable[TrustedKey]) -> Bundle:
     """Verify everything and give the bundle. Raises BundleError, which names the file at fault."""
     folder = folder.resolve()
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no bundle is there; build one with build_engines.py")
+        raise BundleError(f"{folder}: no bundle is there, wanted an engine; build one with build_engines.py")
+    if not (folder / MANIFEST).exists() and (folder / "current").exists():
+        raise BundleError(f"{folder}: holds the versions of an engine, wanted one of them; name {folder / 'current'}")
     manifest_bytes = _read_plain(folder / MANIFEST, _MAX_MANIFEST_BYTES)
     _check_signature(folder, manifest_bytes, list(trusted))
     manifest = _parse_manifest(folder / MANIFEST, manifest_bytes)
@@ -200,7 +202,7 @@ def _check_signature(folder: Path, manifest: bytes, trusted: list[TrustedKey]) -
         names = ", ".join(key.name for key in trusted) or "none"
         raise BundleError(
             f"{path}: does not sign {MANIFEST} with a trusted key (trusted: {names}); the manifest was changed, or its "
-            "builder's public key is missing from trusted.yaml"
+            "builder's public key is missing from trusted.yaml: bring that file from the building machine"
         )
 
 
@@ -270,7 +272,7 @@ def _read_plain(path: Path, most_bytes: int) -> bytes:
                 raise BundleError(f"{path}: has {status.st_size} bytes, at most {most_bytes} are read")
             return file.read()
     except FileNotFoundError as error:
-        raise BundleError(f"{path}: is missing; copy the bundle again, whole") from error
+        raise BundleError(f"{path}: is missing; a bundle is whole or worthless: copy it again, or build it") from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read as a plain file: {error.strerror}") from error
 

@@ -18,15 +18,23 @@ from typing import Any
 
 import click
 
-from daemon import __version__
+from daemon import __version__, needs
 from daemon.config import Config, load_config
 from daemon.errors import InspectError, UsageError
+from daemon.first_hour import completion, init
 from daemon.keys import Role, make_peer, make_server_key, make_signing_key
 
 CONFIG = click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("config.yaml"),
+    show_default=True,
+    help="The daemon's configuration.",
 )
-KEYS = click.option("--keys", type=click.Path(path_type=Path), default=Path("keys"), show_default=True)
+KEYS = click.option(
+    "--keys", type=click.Path(path_type=Path), default=Path("keys"), show_default=True, help="The key folder."
+)
 
 
 class _Commands(click.Group):
@@ -45,7 +53,10 @@ class _Commands(click.Group):
         try:
             command: click.Command = entry.load()
         except ImportError as error:
-            raise UsageError(f"{cmd_name}: {error}; it needs an extra: pip install 'inspectd[train]'") from error
+            advice = needs.advise(error)
+            if advice is None:
+                raise
+            raise UsageError(f"{cmd_name}: {advice}") from error
         return command
 
 
@@ -56,7 +67,11 @@ def _guests() -> Any:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="inspectd")
 @click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is written to standard error.",
 )
 def cli(log_level: str) -> None:
     """Camera frames in, exactly one verdict for every part out."""
@@ -66,6 +81,10 @@ def cli(log_level: str) -> None:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
     set_up_logs(log_level)
+
+
+cli.add_command(init)
+cli.add_command(completion)
 
 
 @cli.command()
@@ -124,7 +143,10 @@ def keygen_server(keys: Path) -> None:
 
 @keygen.command("peer")
 @click.argument("name")
-@click.option("--role", "roles", multiple=True, type=click.Choice(["camera", "subscriber", "bridge"]), required=True)
+@click.option(
+    "--role", "roles", multiple=True, type=click.Choice(["camera", "subscriber", "bridge"]), required=True,
+    help="What it may be; may be repeated.",
+)  # fmt: skip
 @click.option(
     "--topic", "topics", multiple=True, default=["*"], help="What it may speak or hear on, e.g. frame/solar/cam1"
 )
@@ -138,11 +160,16 @@ def keygen_peer(name: str, roles: tuple[Role, ...], topics: tuple[str, ...], key
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--product")
+@click.option("--product", help="Which product of the engine; needed where it has several.")
 @click.option("--maps", type=click.Path(path_type=Path), help="Write each map as DIR/<parent folder>/<stem>.npy")
-@click.option("--trusted", type=click.Path(path_type=Path), default=Path("keys/trusted.yaml"), show_default=True)
-@click.option("--precision", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--trusted", type=click.Path(path_type=Path), default=Path("keys/trusted.yaml"), show_default=True,
+    help="Whose engines are accepted.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Of the computation."
+)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Inference threads.")
 def score(  # noqa: PLR0917 - click hands every option over
     bundle: Path,
     paths: tuple[Path, ...],
@@ -163,7 +190,7 @@ def score(  # noqa: PLR0917 - click hands every option over
 @cli.command()
 @CONFIG
 @click.option("--verify", is_flag=True, help="Prove that every part has exactly one verdict; exit 65 if not.")
-@click.option("--last", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--last", type=click.IntRange(1), default=10, show_default=True, help="How many of the newest parts.")
 def ledger(config_path: Path, verify: bool, last: int) -> None:  # noqa: FBT001 - click hands flags over as they come
     """What the ledger holds: counts by outcome, the newest parts, or the proof of the books."""
     from daemon.ledger_report import print_audit, print_summary
@@ -287,7 +314,11 @@ def main() -> None:
     except OSError as error:
         print(f"inspectd: {error}", file=sys.stderr)
         sys.exit(InspectError.exit_code)
-    except Exception:
+    except Exception as error:
+        advice = needs.advise(error) if isinstance(error, ImportError) else None
+        if advice is not None:
+            print(f"inspectd: {advice}", file=sys.stderr)
+            sys.exit(UsageError.exit_code)
         # A fault of our own: the trace is for whoever reports it, the code for systemd.
         traceback.print_exc()
         sys.exit(InspectError.exit_code)

@@ -13,21 +13,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from daemon.endpoints import LOOPBACK, Endpoint, Input, Name, Section, check_address
+from daemon.endpoints import LOOPBACK, Endpoint, Input, Name, Section, check_address, told
 from daemon.errors import ConfigError
 from daemon.yamlfile import YamlError, parse_yaml
 
 
 class Results(Endpoint):
-    mask: bool = True
-    heatmap: bool = False
-    frame_on_reject: bool = True
-    frame_every_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
+    mask: Annotated[bool, told("with each reject, its regions as a PNG of the frame's size")] = True
+    heatmap: Annotated[bool, told("with each result, the map as an 8-bit PNG")] = False
+    frame_on_reject: Annotated[bool, told("with each reject, the frame as JPEG")] = True
+    frame_every_ms: Annotated[
+        int, Field(ge=0, le=3_600_000), told("one frame of each camera in this time, passed or not, for eyes; 0: none")
+    ] = 0
 
 
 class Permits(Endpoint):
-    heartbeat_ms: Annotated[int, Field(ge=10, le=10_000)] = 100
-    lease_ms: Annotated[int, Field(ge=30, le=60_000)] = 300
+    heartbeat_ms: Annotated[int, Field(ge=10, le=10_000), told("how often bridges hear the daemon's state")] = 100
+    lease_ms: Annotated[
+        int, Field(ge=30, le=60_000), told("a bridge without a heartbeat for this long holds REJECT")
+    ] = 300
 
     @model_validator(mode="after")
     def _lease_outlives_heartbeats(self) -> Permits:
@@ -40,11 +44,15 @@ class Permits(Endpoint):
 
 
 class Control(Section):
-    bind: Annotated[str, Field(pattern=r"^ipc://.+")]
+    bind: Annotated[str, Field(pattern=r"^ipc://.+"), told("status, pause, activate and the like; ipc only")]
 
 
 class Metrics(Section):
-    bind: Annotated[str, AfterValidator(lambda bind: check_address(f"tcp://{bind}").removeprefix("tcp://"))]
+    bind: Annotated[
+        str,
+        AfterValidator(lambda bind: check_address(f"tcp://{bind}").removeprefix("tcp://")),
+        told("host:port of the page /metrics; keep it on loopback"),
+    ]
 
     @property
     def address(self) -> tuple[str, int]:
@@ -53,56 +61,77 @@ class Metrics(Section):
 
 
 class Security(Section):
-    keys: Path = Path("keys")
-    insecure: bool = False
+    keys: Annotated[Path, told("folder of server.yaml, peers.yaml and trusted.yaml (inspectd keygen)")] = Path("keys")
+    insecure: Annotated[bool, told("true: plain sockets beyond loopback; on a test bench, never on a line")] = False
 
 
 class Engines(Section):
-    dir: Path = Path("engines")
+    dir: Annotated[Path, told("<dir>/<product>/current is the engine that runs")] = Path("engines")
 
 
 class Backend(Section):
-    kind: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["f32", "bf16"] = "f32"
-    threads: Annotated[int, Field(ge=1, le=256)] = 2
-    hang_ms: Annotated[int, Field(ge=100, le=600_000)] = 5000
+    kind: Annotated[
+        Literal["auto", "cpu", "cuda"], told("auto takes a GPU where the engine has a plan for one and it can be used")
+    ] = "auto"
+    precision: Annotated[
+        Literal["f32", "bf16"], told("bf16 is faster, where the processor has it and the golden frames reproduce")
+    ] = "f32"
+    threads: Annotated[int, Field(ge=1, le=256), told("inference threads")] = 2
+    hang_ms: Annotated[
+        int,
+        Field(ge=100, le=600_000),
+        told("an inference that takes longer ends the process, which is started again"),
+    ] = 5000
 
 
 class Camera(Section):
-    product: Name
-    mode: Literal["every-frame", "latest"] = "every-frame"
-    deadline_ms: Annotated[int, Field(ge=1, le=600_000)]
-    valid_ms: Annotated[int, Field(ge=1, le=600_000)]
-    on_setup_change: Literal["warn", "reject"] = "warn"
+    product: Annotated[Name, told("whose engine judges, unless a frame names another")]
+    mode: Annotated[
+        Literal["every-frame", "latest"],
+        told("every-frame: beyond queue_mb a frame is OVERLOAD; latest: the newest overtakes"),
+    ] = "every-frame"
+    deadline_ms: Annotated[
+        int, Field(ge=1, le=600_000), told("from arrival to verdict; what is not judged by then is LATE")
+    ]
+    valid_ms: Annotated[int, Field(ge=1, le=600_000), told("how long a PASS may be believed by a bridge")]
+    on_setup_change: Annotated[
+        Literal["warn", "reject"], told("reject: parts that would pass are REJECT SETUP while that alarm lasts")
+    ] = "warn"
 
 
 class Ledger(Section):
-    dir: Path = Path("run/ledger")
-    keep_days: Annotated[int, Field(ge=1)] = 90
+    dir: Annotated[Path, told("folder of the journal and of the SQLite ledger")] = Path("run/ledger")
+    keep_days: Annotated[int, Field(ge=1), told("parts that are older are forgotten")] = 90
 
 
 class Recorder(Section):
-    dir: Path = Path("run/rejects")
-    keep_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20
+    dir: Annotated[Path, told("folder of the rejected frames")] = Path("run/rejects")
+    keep_gb: Annotated[float, Field(gt=0, allow_inf_nan=False), told("beyond this the oldest go")] = 20
 
 
 class Config(Section):
     """The whole file. `load_config` makes one; nothing else should."""
 
-    version: Annotated[int, Field(ge=1, le=1)]
-    line: Name
-    inputs: Annotated[list[Input], Field(min_length=1)]
-    results: Results
-    permits: Permits
-    control: Control
-    metrics: Metrics | None = None
-    security: Security = Security()
-    engines: Engines = Engines()
-    backend: Backend = Backend()
-    queue_mb: Annotated[int, Field(ge=1, le=65_536)] = 256
-    cameras: Annotated[dict[Name, Camera], Field(min_length=1)]
-    ledger: Ledger = Ledger()
-    recorder: Recorder | None = Recorder()
+    version: Annotated[int, Field(ge=1, le=1), told("of this file's format")]
+    line: Annotated[Name, told("the middle of every topic: frame/<line>/<camera>, result/<line>/<camera>")]
+    inputs: Annotated[
+        list[Input], Field(min_length=1), told("Where frames come in. One entry a socket; its kind is chosen")
+    ]
+    results: Annotated[Results, told("XPUB. Subscribers hear result/<line>/<camera>, late/<line>, health/<line>")]
+    permits: Annotated[Permits, told("ROUTER. PLC bridges connect here. Without a fresh permit a part is rejected")]
+    control: Annotated[Control, told("What commands on this machine speak to")]
+    metrics: Annotated[Metrics | None, told("For Prometheus. Without this section there are none")] = None
+    security: Annotated[Security, told("Who may connect")] = Security()
+    engines: Annotated[Engines, told("What build_engines.py has built")] = Engines()
+    backend: Annotated[Backend, told("What engines run on")] = Backend()
+    queue_mb: Annotated[
+        int, Field(ge=1, le=65_536), told("frames that wait or are inspected, all cameras together")
+    ] = 256
+    cameras: Annotated[dict[Name, Camera], Field(min_length=1), told("By name, as the topics have it")]
+    ledger: Annotated[Ledger, told("The books: every part with its verdict")] = Ledger()
+    recorder: Annotated[Recorder | None, told("Frames of DEFECT, BAD_FRAME and ENGINE_ERROR. null: none are kept")] = (
+        Recorder()
+    )
 
     def endpoints(self) -> list[tuple[str, Endpoint]]:
         """Every socket but control (ipc only), with its path in the file."""
@@ -115,7 +144,8 @@ def load_config(path: Path) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+        advice = "; write one with: inspectd init" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}{advice}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), ["is not UTF-8 text"]) from error
     return parse_config(text, str(path), path.resolve().parent)
@@ -217,6 +247,14 @@ def _anchored_bind(bind: str, base: Path) -> str:
     return f"ipc://{base / rest}" if scheme == "ipc" and not rest.startswith("@") else bind
 
 
+_ADVICE = {
+    "int_type": "a whole number, without quotes and without a unit",
+    "float_type": "a number, without quotes and without a unit",
+    "bool_type": "true or false, without quotes",
+    "string_type": "text; quotes make it one",
+}
+
+
 def _explain(fault: Any) -> str:
     """One line a person can act on: the path, what is wrong, what was found, what to write."""
     location = [step for step in fault["loc"] if step != "[key]"]
@@ -229,7 +267,8 @@ def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: found {_SHORT.repr(found)}: {message}" if isinstance(found, str) else f"{path}: {message}"
-    return f"{path}: found {_SHORT.repr(found)}: {message[:1].lower()}{message[1:]}"
+    advice = f"; write {_ADVICE[kind]}" if kind in _ADVICE else ""
+    return f"{path}: found {_SHORT.repr(found)}: {message[:1].lower()}{message[1:]}{advice}"
 
 
 class _Short(reprlib.Repr):

@@ -82,6 +82,8 @@ class Dispatcher:
         self.refuses: Refusal | None = None  # PAUSED or DRAINING
         self.observer: Observer | None = None
         self.watch = Watch(config.cameras, records.metrics)
+        for camera in config.cameras:
+            records.metrics.know_camera(camera)
         self.book = book
         self._config = config
         self._run = run

@@ -22,6 +22,11 @@ def check_address(bind: str) -> str:
     return bind
 
 
+def told(text: str) -> Any:
+    """What a key means, in the schema itself: for docs/reference.md and for what `inspectd init` writes."""
+    return Field(description=text)
+
+
 Bind = Annotated[str, AfterValidator(check_address)]
 
 
@@ -34,8 +39,8 @@ class Section(BaseModel):
 class Endpoint(Section):
     """A socket the daemon binds. tcp speaks CURVE unless `plain` says otherwise, which only loopback may."""
 
-    bind: Bind
-    plain: bool = False
+    bind: Annotated[Bind, told("tcp://host:port, 0.0.0.0 for all of this box's networks; or ipc://path")]
+    plain: Annotated[bool, told("true takes the keys off a tcp socket; only loopback may")] = False
 
     @property
     def uses_curve(self) -> bool:
@@ -58,8 +63,11 @@ class Input(Endpoint):
     imageZMQ's publisher binds: with `imagezmq-sub`, `bind` is the address that `connect` gives in the file.
     """
 
-    kind: Literal["router", "pull", "shm", "imagezmq-rep", "imagezmq-sub"]
-    camera: Name | None = None
+    kind: Annotated[
+        Literal["router", "pull", "shm", "imagezmq-rep", "imagezmq-sub"],
+        told("router: senders connect with DEALER and get an answer to each frame; the one to use"),
+    ]
+    camera: Annotated[Name | None, told("whose frames these are; for imagezmq-rep and imagezmq-sub alone")] = None
 
     @property
     def is_imagezmq(self) -> bool:

@@ -64,6 +64,7 @@ def tell_engine(metrics: Metrics, bundle: Bundle) -> None:
     for name, product in bundle.manifest.products.items():
         metrics.engine_info.labels(name, bundle.manifest.version, bundle.digest[:16]).set(1)
         metrics.score_limit.labels(name).set(product.limit)
+        metrics.know_product(name)
         metrics.false_reject_rate_promised.labels(name).set(product.bound95)
 
 

@@ -47,7 +47,9 @@ def list_images(paths: list[Path]) -> list[Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise DataError(f"{path}: is not there")
+            raise DataError(
+                f"{path}: is not there, wanted an image or a folder of images; is the path right, seen from here?"
+            )
     return found
 
 

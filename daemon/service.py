@@ -246,6 +246,8 @@ class Service:
         self._denials.tick()
         self._ports.greet(now_ns)
         self._metrics.queue_bytes.set(self.dispatcher.used_bytes)
+        self._metrics.tell_state(self._desk.state)
+        self._metrics.permit_bridges.set(self._desk.bridges)
         self._metrics.permits_unacked.set(self._desk.unacked)
         self._metrics.permit_lease_seconds.set(self._desk.quietest_s(now_ns))
         if self._watchdog_s is not None and now_ns / 1e9 >= self._next_watchdog_s:

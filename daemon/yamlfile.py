@@ -41,7 +41,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "at its end"
-        raise YamlError(f"is not YAML: {place}") from None
+        raise YamlError(f"is not YAML: {place}; indent with spaces, close what was opened (quotes, brackets)") from None
     except (
         yaml.YAMLError,
         ValueError,

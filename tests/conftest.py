@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
 
 import build_engines
+from daemon import cli
+from tests.commands import Ended
 from trainer.site import run_command
 
 
@@ -29,3 +32,24 @@ def run_here(monkeypatch, capsys):
         return ended.value.code, said.out, said.err
 
     return run
+
+
+@pytest.fixture
+def inspectd(monkeypatch, capfd):
+    """Runs the command in this process and gives how it ended; the logs are left as they were found."""
+    logger = logging.getLogger("inspectd")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["inspectd", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        captured = capfd.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    yield run
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])

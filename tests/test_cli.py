@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +19,14 @@ import yaml
 from daemon import __version__, cli
 from daemon.keys import load_keyring, load_trusted
 from tests.bundles import bad_pixels, good_pixels
+from tests.commands import Ended, Inspectd, is_clear
 from tests.daemons import ROOT, Site, make_site
 
-COMMANDS = ("run", "check-config", "doctor", "keygen", "score", "ledger", "status", "pause", "resume", "drain", "reset")
+COMMANDS = (
+    "run", "init", "completion", "check-config", "doctor", "keygen", "score", "ledger", "status", "pause", "resume", "drain",
+    "reset",
+)  # fmt: skip
 GUESTS = ("evaluate", "simulate", "bench", "camera")  # of the trainer and the adapters
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Inspectd = Callable[..., Ended]
-
-
-@pytest.fixture
-def inspectd(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Inspectd]:
-    """Runs the command in this process and gives how it ended; the logs are left as they were found."""
-    logger = logging.getLogger("inspectd")
-    before = (logger.handlers[:], logger.level, logger.propagate)
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr("sys.argv", ["inspectd", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-        captured = capfd.readouterr()
-        return Ended(code, captured.out, captured.err)
-
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +55,6 @@ def save(path: Path, pixels: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
     return path
-
-
-def is_clear(ended: Ended) -> bool:
-    """One text on stderr that says inspectd, nothing on stdout, no traceback."""
-    return ended.err.startswith("inspectd: ") and "Traceback" not in ended.err and ended.out == ""
 
 
 # --- the command as a whole

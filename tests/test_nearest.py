@@ -167,11 +167,11 @@ def test_without_a_usable_compiled_search_there_is_none_to_load(tmp_path: Path, 
 
 
 def test_doctor_says_whether_the_search_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from daemon.doctor import _machine
+    from daemon.machine import examine_machine
 
     library()
-    assert "ok    compiled search: yes" in {str(finding) for finding in _machine()}
+    assert "ok    compiled search: yes" in {str(finding) for finding in examine_machine()}
     monkeypatch.setattr(pruned, "load_library", lambda: None)
-    (told,) = (finding for finding in _machine() if "compiled search" in str(finding))
+    (told,) = (finding for finding in examine_machine() if "compiled search" in str(finding))
     assert told.state == "WARN"
     assert "C compiler" in str(told)

@@ -506,7 +506,7 @@ def test_bad_data_exits_65_and_leaves_nothing_behind(tmp_path):
     done = build("p", "--good", tmp_path / "absent", "--out", tmp_path / "engines", "--keys", tmp_path / "keys")
     assert (done.returncode, done.stdout) == (65, "")
     assert done.stderr.strip().splitlines() == [
-        f"error: {tmp_path / 'absent'}: found nothing, wanted a folder of images"
+        f"error: {tmp_path / 'absent'}: found nothing, wanted a folder of images; is the path right, seen from here?"
     ]
     assert not list((tmp_path / "engines/p").iterdir())
 

@@ -77,14 +77,15 @@ def read_frame(path: Path) -> Frame:
 def list_images(folder: Path) -> list[Path]:
     """The folder's image files in capture order. Raises DataError if there is none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: found {'a file' if folder.exists() else 'nothing'}, wanted a folder of images")
+        found = "a file" if folder.exists() else "nothing"
+        raise DataError(f"{folder}: found {found}, wanted a folder of images; is the path right, seen from here?")
     entries = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
     images = [path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not images:
         folders = sum(path.is_dir() for path in entries)
         raise DataError(
             f"{folder}: found {folders} folders and {len(entries) - folders} other files, wanted images "
-            f"({', '.join(sorted(SUFFIXES))}) in the folder itself"
+            f"({', '.join(sorted(SUFFIXES))}) in the folder itself; name the folder that holds the good ones"
         )
     return images
 

@@ -148,8 +148,10 @@ def _share(flags: Any) -> float | None:
     "--trusted", type=click.Path(path_type=Path), default=Path("keys/trusted.yaml"), show_default=True,
     help="Keys whose bundles are accepted.",
 )  # fmt: skip
-@click.option("--precision", type=click.Choice(PRECISIONS), default="f32", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="f32", show_default=True, help="Of the computation."
+)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Inference threads.")
 def command(*, bundle: Path, folder: Path, product: str | None, trusted: Path, precision: str, threads: int) -> None:
     """Judge DIR/test with BUNDLE and print image, pixel and limit figures as one JSON object."""
     opened = open_bundle(bundle, load_trusted(trusted))

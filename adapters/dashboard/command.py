@@ -12,7 +12,12 @@ from adapters.dashboard.users import Role, load_users, remove_user, save_user
 from daemon.errors import ConfigError, UsageError
 
 CONFIG = click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), default=Path("dashboard.yaml"), show_default=True
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("dashboard.yaml"),
+    show_default=True,
+    help="The dashboard's own configuration.",
 )
 
 
@@ -36,7 +41,10 @@ def command(config_path: Path) -> None:
 
 @click.command("dashboard-user")
 @click.argument("name")
-@click.option("--role", type=click.Choice(["viewer", "operator"]), default="viewer", show_default=True)
+@click.option(
+    "--role", type=click.Choice(["viewer", "operator"]), default="viewer", show_default=True,
+    help="viewer: sees everything; operator: changes things, too.",
+)  # fmt: skip
 @click.option("--remove", is_flag=True, help="Take the user out; all their sessions end.")
 @CONFIG
 def user_command(name: str, role: Role, remove: bool, config_path: Path) -> None:  # noqa: FBT001 - click's flags

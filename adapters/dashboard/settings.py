@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from daemon.config import Config, Section, load_config
+from daemon.endpoints import told
 from daemon.errors import ConfigError
 from daemon.keys import PeerFile, load_peer_file
 from daemon.yamlfile import YamlError, parse_yaml
@@ -30,22 +31,22 @@ def _address(bind: str) -> str:
 
 
 class Tls(Section):
-    certificate: Path
-    key: Path
+    certificate: Annotated[Path, told("its certificate, with those between it and the root")]
+    key: Annotated[Path, told("its private key, which nobody else may read")]
 
 
 class Settings(Section):
     """The whole file. `load_settings` makes one."""
 
-    version: Annotated[int, Field(ge=1, le=1)]
-    bind: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8080"
-    daemon: Path = Path("config.yaml")
-    peer: Path | None = Path("keys/dashboard.peer.yaml")
-    users: Path = Path("dashboard-users.yaml")
-    secret: Path = Path("dashboard.secret")
-    session_hours: Annotated[float, Field(gt=0, le=720)] = 12.0
-    tls: Tls | None = None
-    insecure: bool = False
+    version: Annotated[int, Field(ge=1, le=1), told("of this file's format")]
+    bind: Annotated[str, AfterValidator(_address), told("host:port; beyond loopback it wants tls")] = "127.0.0.1:8080"
+    daemon: Annotated[Path, told("the daemon's configuration, which names the rest")] = Path("config.yaml")
+    peer: Annotated[Path | None, told("key file of a peer of role subscriber")] = Path("keys/dashboard.peer.yaml")
+    users: Annotated[Path, told("who may log in; inspectd dashboard-user writes it")] = Path("dashboard-users.yaml")
+    secret: Annotated[Path, told("signs the sessions; made at the first start")] = Path("dashboard.secret")
+    session_hours: Annotated[float, Field(gt=0, le=720), told("how long a login lasts")] = 12.0
+    tls: Annotated[Tls | None, told("The server's certificate and key, in PEM")] = None
+    insecure: Annotated[bool, told("true: http beyond loopback, on a test bench; passwords cross in the open")] = False
 
     @property
     def address(self) -> tuple[str, int]:

@@ -60,13 +60,23 @@ class NoAnswerError(InspectError):
     """Nobody answers on the control socket."""
 
 
+def _connect(socket: zmq.Socket[bytes], address: str) -> None:
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        raise NoAnswerError(
+            f"{address}: cannot be asked: {error.strerror}; an ipc path has at most 107 characters: put the "
+            "configuration into a folder with a shorter path"
+        ) from error
+
+
 def ask(address: str, command: str, timeout_ms: int = 3000, **fields: Any) -> Header:
     """Send one command to a running daemon and give its answer. Raises NoAnswerError, UsageError where it refuses."""
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
     try:
-        socket.connect(address)
+        _connect(socket, address)
         socket.send(encode_header({"command": command, **fields}))
         if not socket.poll(timeout_ms):
             raise NoAnswerError(

@@ -125,13 +125,17 @@ class PermitDesk:
     def unacked(self) -> int:
         return sum(len(bridge.unacked) for bridge in self._bridges.values())
 
+    @property
+    def bridges(self) -> int:
+        return len(self._bridges)
+
     def quietest_s(self, now_ns: int) -> float:
         return max(((now_ns - bridge.heard_ns) / 1e9 for bridge in self._bridges.values()), default=0.0)
 
     def summary(self, now_ns: int) -> Header:
         """For the status: how many bridges, how long the quietest has been silent, what none has acknowledged."""
         silent_ms = round(1000 * self.quietest_s(now_ns)) if self._bridges else None
-        return {"bridges": len(self._bridges), "silentMs": silent_ms, "unacked": self.unacked}
+        return {"bridges": self.bridges, "silentMs": silent_ms, "unacked": self.unacked}
 
     def _tell_birth(self, bridge: bytes) -> Outgoing:
         return bridge, {"type": "BIRTH", "run": self._run, **self._birth, **self._echo(bridge)}

@@ -7,6 +7,7 @@ put into it (`sender_key`). Who does not come as far as ZAP is refused by libzmq
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -185,9 +186,13 @@ def _bind_private(socket: zmq.Socket[bytes], address: str) -> None:
 
 def _bind_hint(address: str, number: int | None) -> str:
     if number == zmq.EADDRINUSE:
-        return "; another process holds it (another inspectd?)"
+        return "; another process holds it (another inspectd?): stop that, or choose another port"
+    if number in (zmq.EADDRNOTAVAIL, errno.ENODEV):
+        return "; this box has no such address: `ip address` lists its own, 0.0.0.0 is all of them"
+    if number == errno.EACCES and address.startswith("tcp://"):
+        return "; ports below 1024 are root's: choose another one"
     if address.startswith("ipc://") and len(address) > 107 + len("ipc://"):
-        return "; an ipc path has at most 107 characters"
+        return "; an ipc path has at most 107 characters: put the configuration into a folder with a shorter path"
     return ""
 
 

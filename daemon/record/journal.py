@@ -144,8 +144,14 @@ def hold_alone(folder: Path) -> Callable[[], None]:
 
     ipc sockets can be taken over in silence, so this, not a bind, is what keeps a second daemon away.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a+")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            str(folder),
+            [f"cannot hold the ledger: {error.strerror}; name another folder (ledger.dir), or give it to this user"],
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -153,7 +159,8 @@ def hold_alone(folder: Path) -> Callable[[], None]:
         holder = file.read().strip() or "unknown"
         file.close()
         raise ConfigError(
-            str(folder), [f"another process holds it (pid {holder}); is inspectd running already?"]
+            str(folder),
+            [f"another process holds it (pid {holder}): is inspectd running already? Stop it, or change ledger.dir"],
         ) from error
     file.truncate(0)
     file.write(str(os.getpid()))

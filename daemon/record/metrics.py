@@ -10,11 +10,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from daemon import __version__
 from daemon.errors import ConfigError
-from daemon.types import Reason, Verdict
+from daemon.types import Outcome, Reason, Verdict
 
 log = logging.getLogger("inspectd.metrics")
 
 _PATIENCE_S = 5.0  # a connection that asks for nothing holds a thread and a descriptor this long
+_STATES = ("STARTING", "RUNNING", "PAUSED", "DRAINING")
+_SWAP_RESULTS = ("active", "failed", "returned")
 _STAGES = ("queue", "decode", "preprocess", "infer", "postprocess", "total")
 _STAGE_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -24,6 +26,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._told_state: str | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"inspectd_{name}", text, labels, registry=self.registry)
@@ -44,6 +47,7 @@ class Metrics:
             registry=self.registry,
         )
         self.queue_bytes = gauge("queue_bytes", "Bytes of frames that wait or are inspected.")
+        self.permit_bridges = gauge("permit_bridges", "PLC bridges that are heard.")
         self.permits_unacked = gauge("permits_unacked", "Verdicts that a bridge has not acknowledged.")
         self.permit_lease_seconds = gauge("permit_lease_seconds", "Time since the quietest bridge was last heard.")
         self.engine_info = gauge("engine_info", "Engines in use; the value is 1.", "product", "version", "digest")
@@ -60,12 +64,34 @@ class Metrics:
         self.false_reject_rate_promised = gauge("false_reject_rate_promised", "The engine's bound95.", "product")
         self.engine_swaps = counter("engine_swaps_total", "Engines put to work while running.", "product", "result")
         self.swap_p99_seconds = gauge("swap_p99_seconds", "p99 from arrival to verdict during the last swap.")
+        self.state = gauge("state", "1 for the state that the daemon is in.", "state")
         self.auth_denied = counter("auth_denied_total", "Peers or messages denied.", "reason")
         self.journal_lag_seconds = gauge("journal_lag_seconds", "Time since the journal was last brought to disk.")
         self.journal_fault = gauge("journal_fault", "1 while the journal cannot be written.")
         self.recorder_dropped = gauge("recorder_dropped_frames", "Rejected frames that were not recorded.")
-        build = gauge("build_info", "The running version; the value is 1.", "version")
-        build.labels(__version__).set(1)
+        self.build_info = gauge("build_info", "The running version; the value is 1.", "version")
+        self.build_info.labels(__version__).set(1)
+        self.tell_state("STARTING")
+
+    def know_camera(self, camera: str) -> None:
+        """Its counters are there from the start: the first of anything is a rise then, and silence is a zero."""
+        for counter in (self.frames_accepted, self.sequence_gaps, self.deadline_missed):
+            counter.labels(camera)
+        self.verdicts.labels(camera, Outcome.PASS.value, "")
+        for reason in Reason:
+            self.verdicts.labels(camera, Outcome.REJECT.value, reason.value)
+
+    def know_product(self, product: str) -> None:
+        """As know_camera."""
+        for result in _SWAP_RESULTS:
+            self.engine_swaps.labels(product, result)
+
+    def tell_state(self, state: str) -> None:
+        """Called in each round of the loop."""
+        if state != self._told_state:
+            self._told_state = state
+            for known in dict.fromkeys((*_STATES, state)):
+                self.state.labels(known).set(known == state)
 
     def count_verdict(self, camera: str, verdict: Verdict, parts: int = 1) -> None:
         """A verdict that went out, and how long its stages took."""
@@ -85,7 +111,8 @@ def serve_metrics(metrics: Metrics, address: tuple[str, int]) -> Callable[[], No
     try:
         server, thread = start_http_server(address[1], address[0], registry=metrics.registry)
     except OSError as error:
-        raise ConfigError("metrics.bind", [f"{address[0]}:{address[1]} cannot be bound: {error.strerror}"]) from error
+        place, advice = f"{address[0]}:{address[1]}", "stop what listens there, or choose another address"
+        raise ConfigError("metrics.bind", [f"{place} cannot be bound: {error.strerror}; {advice}"]) from error
 
     # Whoever sends garbage or hangs up must not fill the log with traces, nor the process with threads.
     server.handle_error = lambda _request, peer: log.debug("metrics: a request of %s ended early", peer[0])
