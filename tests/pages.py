@@ -46,6 +46,7 @@ NOT_RUN = {
     r"sudoedit .*|sudo systemctl edit .*": "an editor",
     r"(sudo )?(systemctl|journalctl) .*": "no systemd runs here; tests/test_systemd.py tries the units under their rules",
     r"sudo (chown|usermod) .*": "accounts that are not here; tests/test_systemd.py makes them in a folder",
+    r"promtool .*": "tests/test_monitoring.py runs them where Debian's prometheus is installed",
     r"sudo modprobe .*": "a kernel module",
     r".*/etc/credstore.*": "systemd hands it back; tests/test_systemd.py starts a daemon with such a credential",
     r"README\.md: \S+ (activate|rollback)\b.*": "docs/how-to/update-an-engine.md runs both, beside a second engine and a camera",
@@ -72,7 +73,7 @@ IN_PLACE = [
     (r"(build_engines\.py .*)", r"\1 --budget 0 --size 64 --coreset 100 --k 1 --alpha 0"),
     (r"--shadow \d+", "--shadow 3"),
     # The service's places, below a folder of the test's; `make install` as packagers do it, and what systemd adds to it.
-    (r"sudo make install\b.*", "make install-files DESTDIR={box} && mkdir -p {box}/var/lib/inspectd/{{engines,keys}} {box}/etc/modules-load.d"),
+    (r"sudo make install\b.*", "make install-files DESTDIR={box} && mkdir -p {box}/var/lib/inspectd/{{engines,keys}}"),
     (r"sudo (-u \S+ )?", ""),
     (r"/opt/inspectd/bin/", ".venv/bin/"),
     (r"(?<![\w}])/(opt|etc|var/lib)/", r"{box}/\1/"),
@@ -142,7 +143,12 @@ def make_checkout(folder: Path) -> None:
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable}{command} "$@"\n')
         (programs / name).chmod(0o755)
     (folder / ".venv/.installed").touch()  # as `make .venv/.installed` leaves it
-    (folder / "home").mkdir()
+    for name in (
+        "home",
+        "box/etc/modules-load.d",
+        "box/etc/prometheus",
+    ):  # as on any box, and where Prometheus is installed
+        (folder / name).mkdir(parents=True)
 
 
 @dataclass
@@ -222,7 +228,9 @@ class Walk:
         self._staying[name] = Staying(process, log, time.time_ns())
         until = time.monotonic() + PATIENCE_S
         while word not in log.read_text():
-            assert process.poll() is None, f"{text}\nended with {process.returncode}\n{log.read_text()}"
+            if process.poll() is not None:
+                del self._staying[name]
+                raise AssertionError(f"{text}\nended with {process.returncode}\n{log.read_text()}")
             assert time.monotonic() < until, f"{text}\ndoes not say {word!r}:\n{log.read_text()}"
             time.sleep(0.02)
 
