@@ -87,9 +87,9 @@ def reference() -> str:
 
 def _command(told: Told) -> Iterator[str]:
     yield f"### {told.name}"
-    yield f"```\n{told.usage}\n```"
+    yield f"```text\n{told.usage}\n```"
     for paragraph in told.paragraphs:
-        yield "```\n" + "\n".join(paragraph.lines) + "\n```" if paragraph.is_fixed else _plain(paragraph.text)
+        yield "```text\n" + "\n".join(paragraph.lines) + "\n```" if paragraph.is_fixed else _plain(paragraph.text)
     if told.options:
         yield _table(("option", "meaning"), ((f"`{option}`", text) for option, text in told.options))
 

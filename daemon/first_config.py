@@ -1,7 +1,7 @@
 """What `inspectd init` writes: a configuration for one camera and one product, what each key means beside it.
 
 Keys, defaults and meanings are the schema's (config.py), so that a key that is added there is told here, too. Chosen
-here is only what has no default: sockets on loopback that ask for keys, ordinary times.
+here is what has no default (sockets on loopback that ask for keys, ordinary times), and what the dashboard shows.
 """
 
 from __future__ import annotations
@@ -94,13 +94,14 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def _chosen(answers: Answers) -> dict[str, Any]:
-    """What has no default, the order of keys as people read them."""
+    """What has no default or another than it, the order of keys as people read them."""
     camera = {"product": answers.product, "deadline_ms": 250, "valid_ms": 500}
     return {
         "version": 1,
         "line": answers.line,
         "inputs": [{"kind": "router", "bind": "tcp://127.0.0.1:5550"}],
-        "results": {"bind": "tcp://127.0.0.1:5551"},
+        # Off by default for what it costs; a first hour wants to see something.
+        "results": {"bind": "tcp://127.0.0.1:5551", "heatmap": True, "frame_every_ms": 500},
         "permits": {"bind": "tcp://127.0.0.1:5552"},
         "control": {"bind": "ipc://run/control.sock"},
         "metrics": {"bind": "127.0.0.1:9464"},

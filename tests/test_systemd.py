@@ -379,29 +379,9 @@ def test_a_packager_gets_no_account_and_nothing_started(tmp_path):
     assert steps() == {"systemd-sysusers", "systemd-tmpfiles", "systemctl"}
 
 
-# --- docs/install.md
+# --- docs/install.md; its commands are run by tests/test_pages.py
 
 PAGE = (ROOT / "docs/install.md").read_text()
-
-
-def test_the_commands_of_the_page_run_in_their_order(tmp_path):
-    """Those of inspectd itself, in a folder of the test's and without sudo."""
-    site = make_site(tmp_path / "site")
-    shutil.rmtree(site.folder / "keys")
-    fresh = make_site(tmp_path / "built")  # the building machine, whose engine and trusted.yaml are brought
-    shutil.rmtree(site.folder / "engines")
-    commands = re.findall(r"^sudo -u inspectd /opt/inspectd/bin/inspectd (.*)$", PAGE, re.MULTILINE)
-    assert {command.split()[0] for command in commands} == {"check-config", "keygen", "doctor", "status", "ledger"}
-    site.write_config()
-    for command in commands:
-        if command.startswith("doctor"):
-            shutil.copytree(fresh.folder / "engines", site.folder / "engines", symlinks=True)
-            shutil.copy(fresh.folder / "keys/trusted.yaml", site.folder / "keys")
-        if command.startswith("status"):
-            site.start()
-        done = site.run_command(*command.replace("/var/lib/inspectd", str(site.folder)).split())
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    assert site.stop() == 0
 
 
 @pytest.mark.parametrize(
