@@ -48,7 +48,8 @@ class Marking(_Strict):
     def words(self) -> str:
         """For the list of what people changed."""
         count = len(self.parts)
-        what = " ".join(word for word in (self.mark, self.name) if word)
+        said = "mark taken back" if self.mark == "none" else self.mark
+        what = f"{said} {self.name}" if self.name else said
         return f"{count} part{'' if count == 1 else 's'}: {what}"
 
 
