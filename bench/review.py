@@ -81,11 +81,11 @@ def described(look: Look, found: list[Found]) -> npt.NDArray[np.float32]:
     return np.stack([look.describe(each.frame, each.regions, each.mask) for each in found])
 
 
-def agreement(vectors: npt.NDArray[np.float32], kinds: list[str], limit: float) -> dict[str, Any]:
+def agreement(vectors: npt.NDArray[np.float32], kinds: list[str], scale: float) -> dict[str, Any]:
     """The figures of one grouping."""
     from sklearn.metrics import adjusted_rand_score
 
-    groups = cluster(vectors, limit)
+    groups = cluster(vectors, scale)
     labels = np.empty(len(kinds), int)
     right = 0
     for number, rows in enumerate(groups):
@@ -106,7 +106,7 @@ def grouping(pipeline: Pipeline, test: Path) -> dict[str, Any]:
     looks: list[Look] = [engine, PlainLook()]
     figures: dict[str, Any] = {"kinds": dict(Counter(each.kind for each in found))}
     for look in looks:
-        figures[look.name] = agreement(described(look, found), [each.kind for each in found], look.limit)
+        figures[look.name] = agreement(described(look, found), [each.kind for each in found], look.scale)
     engine.close()
     return figures
 

@@ -55,7 +55,9 @@ class Reviewed:
             keys = {PartKey("cam1", line.epoch, seq): kind or "good" for seq, kind in enumerate(kinds)}
             self.truth |= keys
             told = {seq: part.results[0] for seq, part in line.parts.items()}
-            rejected = {PartKey("cam1", line.epoch, seq) for seq, header in told.items() if header["reason"] == "DEFECT"}
+            rejected = {
+                PartKey("cam1", line.epoch, seq) for seq, header in told.items() if header["reason"] == "DEFECT"
+            }
             wait_for(line, lambda: rejected <= {reject.key for reject in self.desk.newest(Asked())})
 
     def run(self, *arguments: str) -> Result:

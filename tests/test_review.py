@@ -39,7 +39,15 @@ SAID = {"command": "mark", "user": "olga", "mark": "defect", "decision": "0" * 1
 def mark_record(numbers, word="good", *, name=None, user="olga", decision="a" * 16, ns=NOON_NS, offset_ns=0):
     """As the daemon journals it, of the parts that `rejected` makes."""
     parts = [{"camera": "cam1", "epoch": "e1", "seq": number, "decidedNs": NOON_NS + number} for number in numbers]
-    return {"t": "mark", "ns": ns + offset_ns, "user": user, "mark": word, "name": name, "decision": decision, "parts": parts}
+    return {
+        "t": "mark",
+        "ns": ns + offset_ns,
+        "user": user,
+        "mark": word,
+        "name": name,
+        "decision": decision,
+        "parts": parts,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +136,9 @@ def test_rejects_come_with_their_severity_and_last_mark(site):
     assert (severity.share, severity.place) == (None, "32, 32"), "a record of before does not tell the frame's size"
 
 
-@pytest.mark.parametrize(("x", "y", "words"), [(0, 0, "top left"), (60, 30, "right"), (30, 60, "bottom"), (30, 30, "middle")])
+@pytest.mark.parametrize(
+    ("x", "y", "words"), [(0, 0, "top left"), (60, 30, "right"), (30, 60, "bottom"), (30, 30, "middle")]
+)
 def test_a_place_is_told_in_words(site, x, y, words):
     fill(site, [1])
     (facts,) = (site.folder / "run/rejects").rglob("*.json")
@@ -183,10 +193,10 @@ def test_alike_is_one_group_and_the_strange_are_by_themselves():
     rng = np.random.default_rng(0)
     near, far = rng.normal(0, 0.05, (30, 8)), rng.normal(3, 0.05, (10, 8))
     lone = np.full((1, 8), -5.0)
-    groups = cluster(np.concatenate([near, far, lone]).astype(np.float32), 1.0)
+    groups = cluster(np.concatenate([near, far, lone]).astype(np.float32), 0.69)
     assert sorted(map(sorted, groups)) == [list(range(30)), list(range(30, 40)), [40]]
-    assert cluster(near[:1].astype(np.float32), 1.0) == [[0]]
-    assert len(cluster(near.astype(np.float32), 1.0)) == 1, "many of one look are not torn apart"
+    assert cluster(near[:1].astype(np.float32), 0.69) == [[0]]
+    assert len(cluster(near.astype(np.float32), 0.69)) == 1, "many of one look are not torn apart"
 
 
 def drawn(kind):
@@ -198,7 +208,11 @@ def drawn(kind):
         cv2.circle(pixels, (80, 60), 14, 230, -1)
     rows, columns = np.nonzero(pixels != 120)
     box = {"x": columns.min(), "y": rows.min(), "w": np.ptp(columns) + 1, "h": np.ptp(rows) + 1}
-    return Frame(pixels[:, :, None]), [{**box, "area": len(rows), "peak": 2.0}], np.where(pixels != 120, 255, 0).astype(np.uint8)
+    return (
+        Frame(pixels[:, :, None]),
+        [{**box, "area": len(rows), "peak": 2.0}],
+        np.where(pixels != 120, 255, 0).astype(np.uint8),
+    )
 
 
 def test_a_line_is_long_and_dark_and_a_disc_is_round_and_bright():
@@ -261,12 +275,23 @@ def names(numbers, folder):
 
 
 def test_good_ones_teach_some_are_kept_back_and_defects_test(site, tmp_path):
-    fill(site, range(20), mark_record(range(14)), mark_record([14, 15], "defect", name="dent"), mark_record([16], "defect"))
+    fill(
+        site,
+        range(20),
+        mark_record(range(14)),
+        mark_record([14, 15], "defect", name="dent"),
+        mark_record([16], "defect"),
+    )
     done = export(desk_of(site), "part", tmp_path / "out")
     back = [number for number in range(14) if is_kept_back(PartKey("cam1", "e1", number))]
     assert 0 < len(back) < 7
     taught = sorted(set(range(14)) - set(back))
-    wanted = [*names(taught, "train/good"), *names(back, "test/good"), *names([14, 15], "test/dent"), *names([16], "test/defect")]
+    wanted = [
+        *names(taught, "train/good"),
+        *names(back, "test/good"),
+        *names([14, 15], "test/dent"),
+        *names([16], "test/defect"),
+    ]
     assert files(tmp_path / "out") == sorted(["marks.json", *wanted])
     assert (done.files["test/dent"], done.gone) == (2, 0)
     assert (tmp_path / "out" / wanted[0]).read_bytes() == png()

@@ -112,7 +112,9 @@ def test_severity_is_told_apart_from_the_score(line):
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert len(lines) == 4
-    assert re.search(r"cam1/\w+/\d+  part-\d+  score [\d.]+ limit [\d.]+  area [\d.]+ % in \d+, peak [\d.]+ x, \w+", lines[0])
+    assert re.search(
+        r"cam1/\w+/\d+  part-\d+  score [\d.]+ limit [\d.]+  area [\d.]+ % in \d+, peak [\d.]+ x, \w+", lines[0]
+    )
     assert "more (--last)" in lines[-1]
     reject = line.desk.newest(Asked())[0]
     facts = json.loads(line.desk.file(reject).with_suffix(".json").read_text())
@@ -219,7 +221,7 @@ def test_the_page_shows_groups_with_pictures_and_marks_one(client, line, grouped
     assert (done.status_code, done.json()["marked"]) == (200, shown["total"])
     after = client.get("/api/review").json()
     assert after["groups"][0]["marked"] == {"defect scratch": shown["total"]}
-    assert [(d["user"], d["word"], d["parts"]) for d in after["decisions"]][0] == ("rita", "defect", shown["total"])
+    assert next((d["user"], d["word"], d["parts"]) for d in after["decisions"]) == ("rita", "defect", shown["total"])
     assert 1 not in [group["number"] for group in client.get("/api/review", params={"mark": "open"}).json()["groups"]]
     undone = change(client, "unmark", decision=done.json()["decision"])
     assert undone.json() == {"ok": True, "marked": shown["total"]}

@@ -71,7 +71,9 @@ def command() -> None:
 @click.option("--camera", help="Of this camera alone.")
 @click.option("--days", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Not older.")
 @click.option("--most", type=click.IntRange(1, 5000), default=1000, show_default=True, help="Newest rejects to take.")
-@click.option("--sheet", "sheet_path", type=click.Path(path_type=Path), help="Also draw them, a row for a group: a PNG.")
+@click.option(
+    "--sheet", "sheet_path", type=click.Path(path_type=Path), help="Also draw them, a row for a group: a PNG."
+)
 def groups(  # noqa: PLR0917 - click hands every option over
     config_path: Path,
     groups_path: Path | None,
@@ -297,4 +299,3 @@ def _said(word: str, name: str | None) -> str:
 
 def _when(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, tz=timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
-

@@ -32,21 +32,22 @@ def make_grouping(config: Config, desk: Desk, rejects: Sequence[Reject], tell: T
             described = list(_described(desk, [each for each in rejects if each.product == product], look, tell))
         if described:
             vectors = np.stack([vector for _, vector in described])
-            for rows in cluster(vectors, look.limit):
-                found.append((product, look.name, [described[row][0] for row in rows]))
+            groups = cluster(vectors, look.scale)
+            found += [(product, look.name, [described[row][0] for row in rows]) for rows in groups]
     found.sort(key=lambda group: (-len(group[2]), group[0], -group[2][0].decided_ns))
-    groups = [
+    numbered = [
         Group(number=number, product=product, look=name, members=[_member(reject) for reject in members])
         for number, (product, name, members) in enumerate(found, start=1)
     ]
-    return Grouping(madeNs=time.time_ns(), groups=groups)
+    return Grouping(madeNs=time.time_ns(), groups=numbered)
 
 
-def cluster(vectors: FloatArray, limit: float) -> list[list[int]]:
+def cluster(vectors: FloatArray, scale: float) -> list[list[int]]:
     """Rows (n C) that look alike, each row once; within a group the most typical first.
 
-    Average linkage up to a fixed distance: a hundred alike are one group also where nothing else was rejected, and
-    whatever is like nothing else is a group of its own. Clusterings by density call that noise, all of it one heap.
+    Ward's linkage up to a height that grows with the fourth root of n. Heights of one look grow with the square root of
+    its rows, and a fixed height would tear many alike apart; a height that grew as fast would hide a few rare defects
+    among many. So many alike are a handful of groups, and what is rare stays by itself.
     """
     if len(vectors) == 1:
         return [[0]]
@@ -54,7 +55,9 @@ def cluster(vectors: FloatArray, limit: float) -> list[list[int]]:
         from sklearn.cluster import AgglomerativeClustering
     except ImportError as error:
         raise UsageError(f"review groups: {error}; it needs an extra: pip install 'inspectd[review]'") from error
-    clustering = AgglomerativeClustering(n_clusters=None, distance_threshold=limit, linkage="average")
+    clustering = AgglomerativeClustering(
+        n_clusters=None, distance_threshold=scale * len(vectors) ** 0.25, linkage="ward"
+    )
     labels = clustering.fit_predict(vectors)
     groups = []
     for label in np.unique(labels):

@@ -2,8 +2,8 @@
 
 Two ways to look. With the engine: what its network sees at the place, less what it knows of good parts there (the
 nearest row of the bank), so that the part's own pattern does not count, only what is new on it. Without it: contrast
-and texture against the surroundings. Both are joined by the shape of the place. All scales are fixed, so that a
-distance means the same whatever else was rejected.
+and texture against the surroundings, which tells kinds apart far worse. Both are joined by the shape of the place. All
+scales are fixed, so that a distance means the same whatever else was rejected; they were found by bench/review.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _LEAST_WEIGHT = 1e-9
 
 
 class Look(Protocol):
-    """`name` is told beside groups; `limit` is the distance up to which two rejects are alike."""
+    """`name` is told beside groups; `scale` is what of its distances groups.py holds for alike."""
 
     name: str
-    limit: float
+    scale: float
 
     def describe(self, frame: Frame, regions: Sequence[Mapping[str, Any]], mask: ByteArray | None) -> FloatArray:
         """Of a frame (H W C), its regions in pixels and, where it was kept, their mask (H W)."""
@@ -39,18 +39,18 @@ class PlainLook:
     """By shape, contrast and texture alone, for rejects whose engine is gone or cannot be opened."""
 
     name = "plain"
-    limit = 1.0
+    scale = 0.21
 
     def describe(self, frame: Frame, regions: Sequence[Mapping[str, Any]], mask: ByteArray | None) -> FloatArray:
         place = find_place(frame, regions, mask)
-        return np.concatenate([shape_of(place), contrast_of(frame, place)])
+        return np.concatenate([0.5 * shape_of(place), contrast_of(frame, place)])
 
 
 class EngineLook:
     """By the features of an engine's network. The bundle must have the branch ldknn, which has the bank."""
 
     name = "engine"
-    limit = 1.0
+    scale = 0.69
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         self._grid = bundle.manifest.grid
@@ -63,10 +63,10 @@ class EngineLook:
         rows, distance_sq = self._backend.nearest()
         inside = cv2.resize(place.astype(np.float32), self._grid[::-1], interpolation=cv2.INTER_AREA).ravel()
         weights = inside * np.sqrt(np.maximum(distance_sq, 0.0)) + _LEAST_WEIGHT * (inside > 0)
-        news = np.abs(features - self._core[rows])
-        mean = weights @ news / max(float(weights.sum()), _LEAST_WEIGHT)
+        mean = weights @ (features - self._core[rows])
+        # The direction alone: how far beyond the limit a defect is does not make it another kind.
         seen = mean / max(float(np.linalg.norm(mean)), _LEAST_WEIGHT)
-        return np.concatenate([seen, shape_of(place), contrast_of(frame, place)]).astype(np.float32)
+        return np.concatenate([seen, shape_of(place)]).astype(np.float32)
 
     def close(self) -> None:
         self._backend.close()

@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 
-
 from daemon.record.recorder import recorded_as
 from tests.browser.pages import findings, go
 from tests.bundles import bad_pixels, install_bundle
