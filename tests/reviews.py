@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
 
+import build_engines
 from adapters.review.command import command, open_desk
 from adapters.review.desk import Asked, Desk
 from adapters.review.marks import Said, send_marks, wait_until_booked
@@ -17,7 +16,7 @@ from daemon.config import Config, load_config
 from daemon.types import PartKey
 from examples.parts import render_part, write_dataset
 from tests.bundles import Pixels
-from tests.daemons import ROOT, Site, make_site
+from tests.daemons import Site, make_site
 from tests.lines import send, settle, wait_for
 
 SIZE = (128, 128)
@@ -78,9 +77,9 @@ def make_reviewed(folder: Path) -> Reviewed:
     write_dataset(folder / "dataset", good_train=48, good_test=1, defects_each=1, size_hw=SIZE, seed=5)
     (folder / "images").mkdir()
     (folder / "images/flange").symlink_to(folder / "dataset/train/good")
-    build = [sys.executable, str(ROOT / "build_engines.py"), "flange", "--good", "images/flange", *QUICK]
-    done = subprocess.run(build, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    places = ["--good", folder / "images/flange", "--out", folder / "engines", "--keys", folder / "keys"]
+    done = CliRunner().invoke(build_engines.main, ["flange", *map(str, places), *QUICK])
+    assert done.exit_code == 0, done.output
     site.config["cameras"]["cam1"] = {"product": "flange", "deadline_ms": 10_000, "valid_ms": 500}
     site.config["queue_mb"] = 64
     site.start()

@@ -50,7 +50,7 @@ class EngineLook:
     """By the features of an engine's network. The bundle must have the branch ldknn, which has the bank."""
 
     name = "engine"
-    scale = 0.69
+    scale = 0.74
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         self._grid = bundle.manifest.grid
