@@ -141,7 +141,7 @@ function tile(part, app, tools) {
   const word = part.mark?.word ?? "open"
   const words = part.mark ? `${part.mark.word} ${part.mark.name ?? ""}` : "open"
   const buttons = app.session.mayMark ? ["good", "defect", "none"].filter(each => each !== (part.mark?.word ?? "none")).map(each =>
-    h("button", { type: "button", "aria-label": `${each === "none" ? "Take back the mark of" : `${each}:`} ${name}`, onclick: () => tools.part(part, each) }, { good: "Good", defect: "Defect", none: "Undo" }[each])) : []
+    h("button", { type: "button", "aria-label": `${each === "none" ? "Undo the mark of" : `${each}:`} ${name}`, onclick: () => tools.part(part, each) }, { good: "Good", defect: "Defect", none: "Undo" }[each])) : []
   return h("li", {},
     h("button", { type: "button", class: "look", "aria-label": `Frame of ${name}`, onclick: () => app.showPart({ camera: part.camera, epoch: part.epoch, seq: part.seq, partId: part.partId }) }, picture),
     h("p", { class: "reason" }, shape(SHAPES[word]), words),
