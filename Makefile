@@ -119,7 +119,7 @@ install-files: own-folder
 		$(TO_PREFIX) systemd/$$name | install -m 0644 /dev/stdin $(UNITS)/$$name || exit; done
 	for name in nvidia jetson; do \
 		$(TO_PREFIX) systemd/dropins/$$name.conf | install -m 0644 /dev/stdin $(HOUSE)/share/dropins/$$name.conf || exit; done
-	for name in install plc cameras dashboard; do \
+	for name in install plc cameras dashboard review; do \
 		$(TO_PREFIX) docs/$$name.md | install -m 0644 /dev/stdin $(HOUSE)/share/doc/$$name.md || exit; done
 	for name in inspectd inspectd-dashboard; do \
 		install -m 0644 systemd/$$name.sysusers $(DESTDIR)/usr/lib/sysusers.d/$$name.conf || exit; \

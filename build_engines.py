@@ -55,6 +55,10 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 @click.option("--select", type=_FOLDER, help="Good images for the settings, instead of some of --good.")
 @click.option("--calibration", type=_FOLDER, help="Good images for the limit, instead of the last third of --good.")
 @click.option("--test", type=_FOLDER, help="Labelled folder (test/good, test/<defect>, ground_truth) to report on.")
+@click.option(
+    "--add", type=_FOLDER, multiple=True,
+    help="Good parts that the line rejected, to be learnt too: a folder of images, or of `inspectd review export`.",
+)  # fmt: skip
 @click.option("--out", type=_FOLDER, default=Path("engines"), help="Where NAME/<version> is written.")
 @click.option("--keys", type=_FOLDER, default=Path("keys"), help="Folder of the signing key; made where there is none.")
 @click.option("--textures", type=_FOLDER, help="Folder of pictures that synthetic defects may be filled with.")
@@ -115,7 +119,7 @@ def main(**fields: Any) -> None:
         finish.measure_images(options, site, splits, draft)
         draft = finish.set_limit(options, draft, scores)
         pipeline = with_limit(options, site, draft, scores, pipeline)
-        doubts = finish.find_doubts(splits, draft, scores)
+        doubts = finish.find_doubts(splits, draft, scores, is_tested=options.test is not None)
         draft = finish.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
         evaluation = finish.judge_test(options, pipeline)
         finish.write_report(

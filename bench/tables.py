@@ -382,6 +382,36 @@ def plc_table() -> str:
     return "\n".join([*lines, "", pace])
 
 
+def groups_table() -> str:
+    """Groups against true kinds, from review.json."""
+    found = _found("review.json")
+    if not found:
+        return "Not measured yet."
+    heads = "rejects, groups, adjusted Rand index, purity"
+    lines = [f"| images | with the engine: {heads} | without: the same |", "|---" * 3 + "|"]
+    for name, figures in found["groups"].items():
+        cells = []
+        for look in ("engine", "plain"):
+            each = figures[look]
+            agreed = f"{each['adjustedRandIndex']:.2f}, {each['purity']:.2f}"
+            cells.append(f"{each['rejects']}, {each['decisions']}, {agreed}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learning_table() -> str:
+    """Shares that pass by the number of added images, means over the seeds, from review.json."""
+    found = _found("review.json")
+    if not found:
+        return "Not measured yet."
+    kinds = ("stain", "good", *(kind for kind in found["learning"][0][0] if kind not in ("added", "stain", "good")))
+    lines = [f"| added | {' | '.join(f'{kind}: passed' for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for rows in zip(*found["learning"], strict=True):
+        cells = [f"{mean(row[kind] for row in rows):.0%}" for kind in kinds]
+        lines.append(f"| {mean(row['added'] for row in rows):g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 @click.command()
 @click.option("--check", is_flag=True)
 def main(check: bool) -> None:  # noqa: FBT001 - click
@@ -400,6 +430,8 @@ def main(check: bool) -> None:  # noqa: FBT001 - click
         ("docs/plc.md", "plc"): plc_table(),
         ("docs/reliability.md", "runs"): reliability_table(),
         ("docs/drift.md", "drift"): drift_table(),
+        ("docs/review.md", "review-groups"): groups_table(),
+        ("docs/review.md", "review-learning"): learning_table(),
     }
     stale = []
     for (name, mark), block in blocks.items():

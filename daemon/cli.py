@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from contextlib import suppress
-from getpass import getuser
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -203,9 +202,9 @@ def _control(command: str, text: str) -> click.Command:
     @cli.command(command, help=text)
     @CONFIG
     def ask_daemon(config_path: Path) -> None:
-        from daemon.line.control import ask
+        from daemon.line.control import account, ask
 
-        print(json.dumps(ask(load_config(config_path).control.bind, command, user=_who()), indent=1))
+        print(json.dumps(ask(load_config(config_path).control.bind, command, user=account()), indent=1))
 
     return ask_daemon
 
@@ -221,9 +220,9 @@ _control("drain", "Refuse frames, give every part in flight its verdict, then en
 @click.argument("camera", required=False)
 def reset(config_path: Path, camera: str | None) -> None:
     """Forget the alarms DRIFT and SETUP of CAMERA, or of all, and begin to watch anew."""
-    from daemon.line.control import ask
+    from daemon.line.control import account, ask
 
-    print(json.dumps(ask(load_config(config_path).control.bind, "reset", user=_who(), camera=camera), indent=1))
+    print(json.dumps(ask(load_config(config_path).control.bind, "reset", user=account(), camera=camera), indent=1))
 
 
 @cli.command()
@@ -265,22 +264,14 @@ def rollback(config_path: Path, name: str | None, wait_s: float, offline: bool) 
 
 
 def _swap(config: Config, command: str, wait_s: float, **fields: str | int | None) -> None:
-    from daemon.line.control import NoAnswerError, ask
+    from daemon.line.control import NoAnswerError, account, ask
 
     address = config.control.bind
     try:
         ask(address, "status")  # nobody should wait ten minutes for a daemon that is not there
     except NoAnswerError as error:
         raise NoAnswerError(f"{error} Where none should run: --offline, and the next start takes the engine") from error
-    print(json.dumps(ask(address, command, round(1000 * wait_s), user=_who(), **fields), indent=1))
-
-
-def _who() -> str | None:
-    """Whose hands these are, for the books: the account before sudo; nobody's where it has no name."""
-    try:
-        return os.environ.get("SUDO_USER") or getuser()
-    except (KeyError, OSError):
-        return None
+    print(json.dumps(ask(address, command, round(1000 * wait_s), user=account(), **fields), indent=1))
 
 
 def _activate_offline(config: Config, name: str, version: str) -> None:

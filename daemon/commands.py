@@ -1,4 +1,4 @@
-"""What the daemon does of what people order (orders.py): status, pause, resume, drain, reset, activate, rollback."""
+"""What the daemon does of what people order (orders.py): whatever stands in line/control.py's COMMANDS."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class Commands:
             else:
                 self._swapper.roll_back(request.engine, client)
             return None
+        if request.marking is not None:
+            # Nothing of the line changes: the journal's word on it, which orders.py writes, is all that is asked.
+            return {"ok": True, "marked": len(request.marking.parts)}
         if command == "reset":
             self._dispatcher.watch.reset(request.camera)
         elif command == "pause" and not is_draining:

@@ -311,7 +311,8 @@ class Dispatcher:
         if recorder is None or frame is None or verdict.reason is None or verdict.reason in _NOT_RECORDED:
             return
         facts = verdict_fields(verdict)
-        kept = {key: facts[key] for key in ("outcome", "reason", "score", "limit", "regions")}
+        kept = {key: facts[key] for key in ("outcome", "reason", "score", "limit", "regions", "engine")}
+        kept |= {"shape": list(frame.shape[:2]), "encoding": frame.encoding, "pixelFormat": frame.pixel_format}
         pictures = {name: data for name, data in (verdict.pictures or {}).items() if name != "frame"}
         encode: Callable[[], tuple[str, bytes]] = lambda: lossless(frame)  # noqa: E731
         recorder.submit(Reject({**header, **kept}, frame.payload.nbytes, encode, pictures))

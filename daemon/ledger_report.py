@@ -34,7 +34,7 @@ def print_summary(folder: Path, last: int) -> int:
         print(f"{row['camera']} {row['epoch']} {number} {row['part_id'] or '-'} {verdict}")
     for event in ledger.events(last):
         when = datetime.fromtimestamp(event["ns"] / 1e9, tz=timezone.utc).isoformat(timespec="seconds")
-        how = "" if event["ok"] else f" refused: {event['detail']}"
+        how = f" {event['detail'] or ''}".rstrip() if event["ok"] else f" refused: {event['detail']}"
         print(f"{when} {event['command']} {event['engine'] or ''} by {event['user'] or 'unknown'}{how}")
     return 0
 

@@ -16,7 +16,7 @@ from daemon.errors import UsageError, WireError
 from daemon.line.control import Request, decode_request
 from daemon.line.wire import encode_header
 from daemon.record.journal import Journal
-from daemon.records import event_record
+from daemon.records import order_records
 from daemon.types import Header
 
 log = logging.getLogger("inspectd.orders")
@@ -51,7 +51,7 @@ class Orders:
         """Note it, then tell whoever asked, if they are still there."""
         request = self._asked.pop(client, None)
         if request is not None and request.command != "status":
-            self._journal.write(event_record(request, answer))
+            self._journal.write(*order_records(request, answer))
             log.info("command=%s user=%s engine=%s ok=%s", request.command, request.user, request.engine, answer["ok"])
         with suppress(zmq.ZMQError):
             self._socket.send_multipart([client, encode_header(answer)], zmq.NOBLOCK)

@@ -2,7 +2,7 @@
 
 Record kinds: `run` (the whole state, first in each segment), `accept`, `verdict` (also of parts that never
 came: a gap, with seqTo for a range), `skip` (numbers that went by while nothing was inspected), `event` (what a
-person changed, and who; of no part).
+person changed, and who; of no part), `mark` (what a person says of rejected parts, all of one request in one record).
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ def verdict_record(entry: Entry, verdict: Verdict, now_ns: int) -> Record:
     }  # fmt: skip
 
 
-def event_record(request: Request, answer: Header) -> Record:
-    """A command that was obeyed or refused, and whose it was."""
+def order_records(request: Request, answer: Header) -> list[Record]:
+    """A command that was obeyed or refused, and whose it was; and the marks, where it was one that was obeyed."""
+    now_ns, marking, is_obeyed = time_ns(), request.marking, bool(answer["ok"])
     engine = answer.get("engine") or request.engine
     told = {"user": request.user, "command": request.command, "engine": engine}
-    return {"t": "event", "ns": time_ns(), **told, "ok": bool(answer["ok"]), "detail": answer.get("error")}
+    detail = answer.get("error") or (marking.words if marking else None)
+    event = {"t": "event", "ns": now_ns, **told, "ok": is_obeyed, "detail": detail}
+    if marking is None or not is_obeyed:
+        return [event]
+    return [{"t": "mark", "ns": now_ns, "user": request.user, **marking.model_dump()}, event]
 
 
 def replay(records: list[Record]) -> PartBook:
@@ -74,7 +79,7 @@ def replay(records: list[Record]) -> PartBook:
             for camera, epoch, seq, part_id in record["pending"]:
                 book.open(Entry(PartKey(camera, epoch, seq), part_id, 0, 0))
             continue
-        if kind == "event":
+        if kind in ("event", "mark"):
             continue
         key = PartKey(record["camera"], record["epoch"], record["seq"])
         if kind == "accept":

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from adapters.line import Line
+from adapters.review.command import command as review
 from daemon.keys import make_peer, make_server_key
 from daemon.types import RawFrame
 from examples.parts import DEFECTS, render_part, write_dataset
@@ -112,8 +113,10 @@ def main() -> None:
             page.locator("dialog canvas[aria-label*=regions]").wait_for()
             keep(page, "part")
             page.get_by_role("dialog").get_by_role("button", name="Close").click()
+            review.main(["groups", "--config", str(place / "config.yaml")], standalone_mode=False)
             for view, rest in (
                 ("History", "history"),
+                ("Review", "review"),
                 ("Scores", "scores"),
                 ("Engines", "engines"),
                 ("Permits and books", "books"),

@@ -34,9 +34,9 @@ from trainer.settings import FEW_IMAGES, Settings
 from trainer.site import Options, Site
 
 
-def write_parts(folder, count):
+def write_parts(folder, count, first=0):
     folder.mkdir(parents=True)
-    for seed in range(count):
+    for seed in range(first, first + count):
         assert cv2.imwrite(str(folder / f"{seed}.png"), render_part(seed, size_hw=(64, 64))[0])
     return folder
 
@@ -173,6 +173,17 @@ def test_each_image_is_scored_and_the_bank_put_back(grounds, count):
     assert len(set(scores.tolist())) == count
     assert (folder / BANK).read_bytes() == before
     np.testing.assert_array_equal(leave_one_out(*ground), scores)
+
+
+def test_added_images_are_in_every_bank_and_have_no_score(grounds, tmp_path):
+    options, site, pictures, draft = grounds(3)
+    more = dataset.scan(write_parts(tmp_path / "added", 2, first=50), 1)[0]
+    few = FewImages(options, site, pictures, draft, more)
+    assert few._features.shape[0] == 5
+    assert leave_one_out(options, site, pictures, draft, more).shape == (3,)
+    without_one = few._features[[0, 2, 3, 4]].reshape(-1, few._features.shape[-1])
+    rows = few.bank(1).core
+    assert all((np.abs(without_one - row).sum(1) < 1e-4).any() for row in rows[:20])
 
 
 def test_score_with_the_image_left_out_is_higher_than_with_it(grounds):

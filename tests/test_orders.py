@@ -100,6 +100,17 @@ def test_status_and_nonsense_are_no_events(room: Any, tmp_path: Path) -> None:
         orders.serve(lambda _request, _client: {"ok": True})
 
 
+def test_a_mark_is_in_the_books_with_its_event_before_it_is_answered(room: Any, tmp_path: Path) -> None:
+    orders, socket = room
+    parts = [{"camera": "cam1", "epoch": "e", "seq": seq, "decidedNs": 5} for seq in range(2)]
+    ask(socket, command="mark", user="olga", mark="defect", name="dent", decision="0" * 16, parts=parts)
+    orders.serve(lambda request, _client: {"ok": True, "marked": len(request.marking.parts)})  # type: ignore[union-attr]
+    assert socket.sent == [(b"me", {"ok": True, "marked": 2}, 1)]
+    (record,) = [r for path in segments(tmp_path) for _, r in read_records(path) if r and r["t"] == "mark"]
+    assert (record["user"], record["mark"], record["name"], record["parts"]) == ("olga", "defect", "dent", parts)
+    assert [(event["command"], event["detail"]) for event in events(tmp_path)] == [("mark", "2 parts: defect dent")]
+
+
 def test_whoever_has_gone_is_noted_all_the_same(room: Any, tmp_path: Path) -> None:
     orders, socket = room
     socket.is_gone = True

@@ -16,13 +16,12 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.line import Line
-from daemon.cli import _who
 from daemon.commands import tell_degraded
 from daemon.config import Camera
 from daemon.errors import UsageError
 from daemon.inspection.quality import STATISTICS
 from daemon.inspection.reference import Reference
-from daemon.line.control import ask
+from daemon.line.control import account, ask
 from daemon.line.wire import MAX_HEADER_BYTES, encode_header
 from daemon.record.metrics import Metrics
 from daemon.types import EngineId, Outcome, Reason, Verdict
@@ -292,7 +291,7 @@ def test_dimmed_lamp_is_told_everywhere_and_changes_no_verdict_where_config_says
         done = site.run_command("reset", "cam1")
         assert (done.returncode, json.loads(done.stdout)["watch"]["cam1"]) == (0, {})
         (event,) = (record for record in site.journal() if record["t"] == "event")
-        assert (event["command"], event["user"]) == ("reset", _who())
+        assert (event["command"], event["user"]) == ("reset", account())
         assert event["user"]
         wait_for(line, lambda: line.lease.degraded is None)
 

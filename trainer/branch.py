@@ -95,11 +95,11 @@ def train_repairs(
         started = monotonic()
         recipe = recipe_for(space, cast("Noise", options.noise))
         if space == "image":
-            images = exposed_images(splits.train, draft.preprocessing, backbone, draft.settings.view)
+            images = exposed_images(splits.taught, draft.preprocessing, backbone, draft.settings.view)
             corruptor = training_corruptor(options, images)
             sampler: Sampler = ImageSampler(images, corruptor, seed=options.seed)
         else:
-            images = [read_pixels(picture, draft.preprocessing) for picture in splits.train]
+            images = [read_pixels(picture, draft.preprocessing) for picture in splits.taught]
             sampler = _feature_sampler(options, site, draft, images, schedule)
         left = schedule
         if schedule.seconds is not None:

@@ -49,6 +49,8 @@ class Chosen:
 def read_images(options: Options) -> Splits:
     """Check and split the good images."""
     splits = dataset.split(options.good, options.select, options.calibration, options.threads)
+    if options.add:
+        splits = dataset.add(splits, options.add, options.name, options.threads)
     if splits.few and "ldknn" not in options.branches:
         raise UsageError(f"found {len(splits.train)} good images, wanted {FEW_IMAGES} or more for repair alone")
     say("good images: " + ", ".join(f"{count} {name}" for name, count in splits.counts.items()))
@@ -105,7 +107,7 @@ def tune_backbone(options: Options, splits: Splits, chosen: Chosen) -> Chosen:
     settings, backbone = chosen.choice.settings, chosen.backbone
     size = dataset.network_size(splits.train, settings.long_side)
     preprocessing = Preprocessing(size=size, mean=backbone.mean, std=backbone.std)
-    images = exposed_images(splits.train, preprocessing, backbone, settings.view)
+    images = exposed_images(splits.taught, preprocessing, backbone, settings.view)
     if options.finetune == "classes":
         tuned = finetune(backbone, images, schedule, seed=options.seed, foreground=estimate_foreground(images))
     else:
@@ -149,15 +151,15 @@ def make_bank(options: Options, site: Site, splits: Splits, draft: Draft) -> Dra
     if splits.few:
         from trainer.few import FewImages
 
-        made = FewImages(options, site, splits.train, draft).bank()
+        made = FewImages(options, site, splits.train, draft, splits.added).bank()
         (site.folder / BANK).write_bytes(save(made.tensors))
         return replace(draft, bank_rows=len(made.core), branches=("ldknn",))
     from trainer import bank
     from trainer.features import FeatureNetwork, read_pixels
 
     network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
-    features = np.empty((len(splits.train), network.patches, network.channels), np.float32)
-    for row, picture in enumerate(track(splits.train, "features of the training images")):
+    features = np.empty((len(splits.taught), network.patches, network.channels), np.float32)
+    for row, picture in enumerate(track(splits.taught, "features of the training images")):
         features[row] = network.run(read_pixels(picture, draft.preprocessing))
     full = features.reshape(-1, network.channels)
     settings = draft.settings

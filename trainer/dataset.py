@@ -10,15 +10,16 @@ a set is never held in memory.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from daemon.errors import DataError
+from daemon.errors import DataError, UsageError
 from daemon.inspection.decode import decode_file
 from daemon.types import Frame
 from trainer.progress import warn
@@ -27,6 +28,7 @@ from trainer.settings import FEW_IMAGES
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 _MOST_CORRUPT = 0.1  # of a folder; more is no accident but a wrong or broken folder
 _COMMON_ASPECT = math.log(1.25)  # between the 10th and the 90th percentile; beyond it the aspects are mixed
+_MARKS = "marks.json"  # in a folder that `inspectd review export` wrote (adapters/review/export.py)
 _CELL = 32  # the network's input sides are multiples of it
 
 
@@ -48,10 +50,17 @@ class Splits:
     calibrate: tuple[Picture, ...]
     skipped: tuple[str, ...]  # names of the corrupt files
     few: bool = False  # too few to divide: the three are the same images, and each is left out once (trainer/few.py)
+    added: tuple[Picture, ...] = ()  # good parts that a line rejected: learnt from, and nothing is measured on them
+
+    @property
+    def taught(self) -> tuple[Picture, ...]:
+        """What the bank and the trainings get to see."""
+        return (*self.train, *self.added)
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"train": len(self.train), "select": len(self.select), "calibrate": len(self.calibrate)}
+        found = {"train": len(self.train), "select": len(self.select), "calibrate": len(self.calibrate)}
+        return {**found, "added": len(self.added)} if self.added else found
 
     @property
     def leaked(self) -> int:
@@ -64,7 +73,9 @@ class Splits:
     @property
     def digest(self) -> str:
         """SHA-256 over the splits' names and file hashes: the same data, split the same way."""
-        parts = (("train", self.train), ("select", self.select), ("calibrate", self.calibrate))
+        parts = (
+            ("train", self.train), ("select", self.select), ("calibrate", self.calibrate), ("added", self.added),
+        )  # fmt: skip
         lines = [f"{split} {picture.path.name} {picture.sha256}\n" for split, part in parts for picture in part]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -145,6 +156,44 @@ def split(good: Path, select: Path | None, calibration: Path | None, threads: in
         calibrate=tuple(chosen.get("calibrate", pictures[train_n + select_n :])),
         skipped=tuple(skipped),
     )
+
+
+def add(splits: Splits, folders: Sequence[Path], product: str, threads: int) -> Splits:
+    """The same splits with images to learn from besides: folders of images, or what `inspectd review export` wrote.
+
+    They were picked by having been rejected, so they are no sample of good parts: they join neither the choice of
+    settings, nor the scale, nor the calibration. Raises DataError, and UsageError for another product's marks.
+    """
+    measured = {picture.sha256 for picture in (*splits.select, *splits.calibrate)}
+    added: dict[str, Picture] = {}
+    skipped = list(splits.skipped)
+    for folder in folders:
+        pictures, faults = scan(_added_folder(folder, product), threads)
+        skipped += faults
+        added |= {picture.sha256: picture for picture in pictures}
+    copies = sum(digest in measured for digest in added)
+    if copies:
+        warn(f"{copies} of the images to add are copies of images that the limit or the scale rests on: left out")
+    known = measured | {picture.sha256 for picture in splits.train}
+    kept = tuple(picture for digest, picture in added.items() if digest not in known)
+    return replace(splits, added=kept, skipped=tuple(skipped))
+
+
+def _added_folder(path: Path, product: str) -> Path:
+    """The good images of an export, by its folder or its marks.json; else the folder itself."""
+    folder = path.parent if path.name == _MARKS else path
+    if not (folder / _MARKS).is_file():
+        return path
+    try:
+        found = json.loads((folder / _MARKS).read_text(encoding="utf-8"))["product"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder / _MARKS}: is not what `inspectd review export` writes: {error!r}") from error
+    if found != product:
+        raise UsageError(f"{folder}: holds the marks of {found}, wanted those of {product} (--add)")
+    good = folder / "train/good"
+    if not good.is_dir():
+        raise DataError(f"{folder}: has no train/good: no rejected part was marked good, or all of them are kept back")
+    return good
 
 
 def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]:

@@ -38,17 +38,22 @@ def vary(image: FloatArray, rng: np.random.Generator) -> FloatArray:
 
 
 class FewImages:
-    """Features (images, variations, P, C) of all images and their variations; the first variation is the image."""
+    """Features (images, variations, P, C) of all images and their variations; the first variation is the image.
 
-    def __init__(self, options: Options, site: Site, pictures: Sequence[Picture], draft: Draft) -> None:
+    What was `added` (good parts that a line rejected) is in every bank and never left out: nothing is measured on it.
+    """
+
+    def __init__(
+        self, options: Options, site: Site, pictures: Sequence[Picture], draft: Draft, added: Sequence[Picture] = ()
+    ) -> None:
         if len(pictures) >= FEW_IMAGES:
             raise ValueError(f"found {len(pictures)} images, wanted fewer than {FEW_IMAGES}")
-        self._options, self._draft = options, draft
-        self._pixels = [read_pixels(picture, draft.preprocessing) for picture in pictures]
+        self._options, self._draft, self._held = options, draft, len(pictures)
+        self._pixels = [read_pixels(picture, draft.preprocessing) for picture in (*pictures, *added)]
         network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
         count = 1 + min(12, -(-_VARIATIONS // len(pictures)))
-        self._features = np.empty((len(pictures), count, network.patches, network.channels), np.float32)
-        for index in track(range(len(pictures)), "features of the images and their variations"):
+        self._features = np.empty((len(self._pixels), count, network.patches, network.channels), np.float32)
+        for index in track(range(len(self._pixels)), "features of the images and their variations"):
             for number, pixels in enumerate(self._variations(index, count)):
                 self._features[index, number] = network.run(pixels)
 
@@ -69,20 +74,22 @@ class FewImages:
 
     def held_out(self) -> Iterator[tuple[bytes, Tensor]]:
         """For each image: the bank of the others, as bank.safetensors, and the image as the network's input."""
-        if len(self._pixels) == 1:
+        if self._held == 1:
             unseen = vary(self._pixels[0], np.random.default_rng((self._options.seed, 1 << 20)))
             yield save(self.bank().tensors), normalised(unseen, self._draft.preprocessing)
             return
-        for index in track(range(len(self._pixels)), "scores with one image left out"):
+        for index in track(range(self._held), "scores with one image left out"):
             yield save(self.bank(index).tensors), normalised(self._pixels[index], self._draft.preprocessing)
 
 
-def leave_one_out(options: Options, site: Site, pictures: Sequence[Picture], draft: Draft) -> FloatArray:
+def leave_one_out(
+    options: Options, site: Site, pictures: Sequence[Picture], draft: Draft, added: Sequence[Picture] = ()
+) -> FloatArray:
     """Each image's score (n,) by an engine whose bank is made of the others; the engine's own bank is put back."""
     place = site.folder / BANK
     whole, scores = place.read_bytes(), []
     try:
-        for others, tensor in FewImages(options, site, pictures, draft).held_out():
+        for others, tensor in FewImages(options, site, pictures, draft, added).held_out():
             place.write_bytes(others)
             backend = cpu_backend(open_draft(options, site, draft))
             scores.append(backend.postprocess(backend.infer(tensor), draft.preprocessing.size).score)

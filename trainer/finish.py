@@ -40,7 +40,7 @@ def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipel
     if splits.few:
         from trainer.few import leave_one_out
 
-        scores = leave_one_out(options, site, splits.train, draft)
+        scores = leave_one_out(options, site, splits.train, draft, splits.added)
         own = _score(pipeline, splits.train, "the engine's own score of the image") if len(scores) == 1 else scores
         return GoodScores(own, scores)
     return GoodScores(
@@ -75,7 +75,7 @@ def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
     return replace(draft, product=product)
 
 
-def find_doubts(splits: Splits, draft: Draft, scores: GoodScores) -> list[str]:
+def find_doubts(splits: Splits, draft: Draft, scores: GoodScores, *, is_tested: bool = False) -> list[str]:
     """Warn of everything that makes the limit doubtful; the report repeats it."""
     doubts = calibrate.find_doubts(draft.product, scores)
     if splits.few:
@@ -89,6 +89,11 @@ def find_doubts(splits: Splits, draft: Draft, scores: GoodScores) -> list[str]:
         doubts.append(f"{splits.leaked} calibration images are copies of training images: the limit is too low")
     if splits.skipped:
         doubts.append(f"{len(splits.skipped)} corrupt files were skipped: {', '.join(splits.skipped)}")
+    if splits.added and not is_tested:
+        doubts.append(
+            f"{len(splits.added)} rejected parts that a person called good were learnt, and nothing shows which "
+            "defects that lets pass: give --test the folder of the same `inspectd review export`"
+        )
     for doubt in doubts:
         warn(doubt)
     return doubts
@@ -116,6 +121,7 @@ def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
 def describe_training(options: Options, site: Site, splits: Splits) -> dict[str, Any]:
     """What the engine was made of and with: enough to make it again."""
     given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    given["add"] = [path.name for path in options.add]
     return {
         "dataDigest": splits.digest,
         "images": splits.counts,

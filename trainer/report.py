@@ -63,6 +63,7 @@ def write_report(path: Path, contents: Contents) -> None:
         *(f'<p class="doubt">{escape(doubt)}</p>' for doubt in contents.doubts),
         _facts(contents),
         f"<h2>The limit</h2><p>{escape(limit_in_words(manifest.products[contents.product]))}</p>",
+        *(f"<p>{escape(line)}</p>" for line in added_in_words(contents)),
         f'<img class="chart" alt="Histogram of scores" src="{_data_url(_histogram(contents))}">',
         _choice(contents),
         _calibration_galleries(contents),
@@ -83,6 +84,22 @@ def limit_in_words(product: Product) -> str:
         f"lowest; {product.limit:.4g} or more is rejected (the median good part has {product.medianGood:.4g}). "
         f"With n = {product.n} the 95 % upper bound of the false-reject rate is {100 * product.bound95:.3g} %."
     )
+
+
+def added_in_words(contents: Contents) -> list[str]:
+    """What was learnt besides, and what the promise has to say about it."""
+    count = len(contents.splits.added)
+    if not count:
+        return []
+    words = (
+        f"{count} parts that a line rejected and a person called good are in the memory bank, and in no measurement: "
+        "scale, settings and limit rest on the other images alone. Parts that were picked by being rejected are no "
+        "sample of the line, so the promise above is one for parts like the calibration images. It says nothing about "
+        "parts like the added ones; "
+    )
+    if contents.evaluation is None:
+        return [words + "a labelled test folder shows how many of those are still rejected, and which defects pass."]
+    return [words + "how many of those are still rejected is the falseRejectRate below, if the test is their export."]
 
 
 def _facts(contents: Contents) -> str:

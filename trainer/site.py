@@ -34,6 +34,7 @@ class Options:
     select: Path | None
     calibration: Path | None
     test: Path | None
+    add: tuple[Path, ...]
     out: Path
     keys: Path
     textures: Path | None

@@ -1,7 +1,7 @@
-"""The routes: pages, questions about the books, and the two changes an operator may make.
+"""The routes: pages, questions about the books, and the changes that an operator, or a reviewer, may make.
 
-Every answer but the login page and the code needs a session; a change also needs the operator's role, our own origin
-and the session's token. What may take time runs on a thread, two at once.
+Every answer but the login page and the code needs a session; a change also needs the role for it, our own origin and
+the session's token. What may take time runs on a thread, two at once.
 """
 
 from __future__ import annotations
@@ -25,22 +25,31 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from adapters.dashboard.books import REASONS, Books, GoneError, TooLongError, Wanted
+from adapters.dashboard.asking import (
+    RefusedError,
+    parse_number,
+    part_key,
+    place_in_list,
+    read_body,
+    tell_error,
+    tell_refusal,
+)
+from adapters.dashboard.books import REASONS, Books, GoneError, Wanted
 from adapters.dashboard.engines import calibration_scores, histogram, list_engines, read_manifest
 from adapters.dashboard.gate import Headers, Session, Sessions, Throttle, has_token, is_own_origin
 from adapters.dashboard.live import Live, listen, watch_status
+from adapters.dashboard.reviewing import Reviewing
 from adapters.dashboard.settings import Place
-from adapters.dashboard.users import Users, load_secret
+from adapters.dashboard.users import Role, Users, load_secret
 from adapters.dashboard.watchers import watch
 from daemon.bundle import current_bundle
-from daemon.errors import BundleError, DataError, InspectError, UsageError
-from daemon.line.control import MOST_SHADOWED, NoAnswerError, ask
+from daemon.errors import InspectError
+from daemon.line.control import MOST_SHADOWED, ask
 from daemon.shelf import parse_engine
 
 log = logging.getLogger("inspectd.dashboard")
 
 STATIC = Path(__file__).parent / "static"
-_MOST_BODY_BYTES = 4096
 _SWAP_MS = 600_000
 _AT_ONCE = 2  # threads that read the books: the cores belong to the line
 _MOST_SCORES = 2000
@@ -48,20 +57,6 @@ _DAY_S = 86_400
 _PERIODS_S = {"hour": 3600, "shift": 8 * 3600, "day": _DAY_S}
 _T = TypeVar("_T")
 _Handler = Callable[[Request, Session], Awaitable[Response]]
-
-
-class RefusedError(Exception):
-    """An answer that is not what was asked for."""
-
-    def __init__(self, status: int, text: str, **headers: str) -> None:
-        super().__init__(text)
-        self.status = status
-        self.headers = headers
-
-
-_STATUS: dict[type[Exception], int] = {
-    GoneError: 404, TooLongError: 503, NoAnswerError: 503, UsageError: 409, DataError: 400, BundleError: 404,
-}  # fmt: skip
 
 
 class Dashboard:
@@ -79,26 +74,31 @@ class Dashboard:
             load_secret(settings.secret), self._users, settings.session_hours, secure=settings.tls is not None
         )
         self.throttle = Throttle()
+        self._reviewing = Reviewing(place, self._read, lambda: self.live.is_heard)
         self._readers: anyio.CapacityLimiter | None = None
         self.app = Starlette(
             routes=self._routes(),
             middleware=[Middleware(Headers)],
             lifespan=self._lifespan,
-            exception_handlers={RefusedError: _tell_refusal, InspectError: _tell_error},
+            exception_handlers={RefusedError: tell_refusal, InspectError: tell_error},
         )
 
     def _routes(self) -> list[Any]:
         questions = {
             "session": self._session, "rejects": self._rejects, "part": self._part, "picture": self._picture,
             "scores": self._scores, "engines": self._engines, "books": self._figures,
+            "review": self._reviewing.page, "look": self._reviewing.look,
         }  # fmt: skip
         return [
             Route("/", self._page),
+            Route("/review", self._review_page),
             Route("/login", self._login_page),
             Route("/api/login", self._login, methods=["POST"]),
-            Route("/api/logout", self._change(self._logout, role_asked=False), methods=["POST"]),
+            Route("/api/logout", self._change(self._logout, "viewer"), methods=["POST"]),
             Route("/api/activate", self._change(self._activate), methods=["POST"]),
             Route("/api/rollback", self._change(self._roll_back), methods=["POST"]),
+            Route("/api/mark", self._change(self._reviewing.mark, "reviewer"), methods=["POST"]),
+            Route("/api/unmark", self._change(self._reviewing.take_back, "reviewer"), methods=["POST"]),
             *(Route(f"/api/{name}", self._question(handler)) for name, handler in questions.items()),
             WebSocketRoute("/live", lambda websocket: watch(websocket, self.live, self._sessions)),
             Mount("/static", _Code(directory=STATIC)),
@@ -131,14 +131,14 @@ class Dashboard:
 
         return answer
 
-    def _change(self, handler: _Handler, *, role_asked: bool = True) -> Callable[[Request], Awaitable[Response]]:
+    def _change(self, handler: _Handler, role: Role = "operator") -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             session = self._who(request)
             if not is_own_origin(request) or not has_token(request, session):
                 log.warning("a change without our origin and token was refused user=%s", session.user)
                 raise RefusedError(403, "this request does not come from our own page; load the page again")
-            if role_asked and not session.may_change:
-                raise RefusedError(403, f"{session.user} is a viewer; this needs the role operator")
+            if not session.may(role):
+                raise RefusedError(403, f"{session.user} is a {session.role}; this needs the role {role}")
             return await handler(request, session)
 
         return answer
@@ -153,7 +153,7 @@ class Dashboard:
         if not is_own_origin(request):
             raise RefusedError(403, "this request does not come from our own page; load the page again")
         address = request.client.host if request.client else "?"
-        fields = await _body(request)
+        fields = await read_body(request)
         name, password = fields.get("name"), fields.get("password")
         if not isinstance(name, str) or not isinstance(password, str):
             raise RefusedError(400, "wanted a name and a password")
@@ -183,6 +183,9 @@ class Dashboard:
         known = self._sessions.of(request)
         return FileResponse(STATIC / "index.html") if known else RedirectResponse("/login", 303)
 
+    async def _review_page(self, _request: Request) -> Response:
+        return RedirectResponse("/#/review", 303)  # an address to give away: the views are behind the #
+
     async def _login_page(self, _request: Request) -> Response:
         return FileResponse(STATIC / "login.html")
 
@@ -191,7 +194,8 @@ class Dashboard:
         results, permits = self._place.config.results, self._place.config.permits
         return JSONResponse(
             {
-                "user": session.user, "role": session.role, "token": session.token, "mayChange": session.may_change,
+                "user": session.user, "role": session.role, "token": session.token,
+                "mayChange": session.may("operator"), "mayMark": session.may("reviewer"),
                 "line": self.live.line, "cameras": cameras, "reasons": REASONS, "leaseMs": permits.lease_ms,
                 "sends": {"heatmap": results.heatmap, "mask": results.mask, "frameEveryMs": results.frame_every_ms},
             }
@@ -203,10 +207,10 @@ class Dashboard:
         wanted = Wanted(
             camera=asked.get("camera") or None,
             reason=asked.get("reason") or None,
-            from_ns=_number(asked.get("from")),
-            to_ns=_number(asked.get("to")),
-            before=_place_in_list(before) if before else None,
-            most=_number(asked.get("most")) or Wanted.most,
+            from_ns=parse_number(asked.get("from")),
+            to_ns=parse_number(asked.get("to")),
+            before=place_in_list(before) if before else None,
+            most=parse_number(asked.get("most")) or Wanted.most,
         )
         rows = await self._read(lambda: self._books.rejects(wanted))
         last = rows[-1] if len(rows) >= wanted.most else None
@@ -214,13 +218,13 @@ class Dashboard:
         return JSONResponse({"rows": rows, "before": follows})
 
     async def _part(self, request: Request, _session: Session) -> Response:
-        return JSONResponse(await self._read(partial(self._books.part, *_part_key(request))))
+        return JSONResponse(await self._read(partial(self._books.part, *part_key(request))))
 
     async def _picture(self, request: Request, _session: Session) -> Response:
         name = request.query_params.get("name", "")
         if name not in ("frame", "mask", "heatmap"):
             raise RefusedError(400, f"found picture {name[:40]!r}, wanted frame, mask or heatmap")
-        kind, data = await self._read(partial(self._books.picture, *_part_key(request), name))
+        kind, data = await self._read(partial(self._books.picture, *part_key(request), name))
         return Response(data, media_type=kind, headers={"cache-control": "private, max-age=3600"})
 
     async def _scores(self, request: Request, _session: Session) -> Response:
@@ -264,7 +268,7 @@ class Dashboard:
     # -- changes -----------------------------------------------------------------------------------
 
     async def _activate(self, request: Request, session: Session) -> Response:
-        fields = await _body(request)
+        fields = await read_body(request)
         engine, shadow = fields.get("engine"), fields.get("shadow", 0)
         if not isinstance(engine, str) or type(shadow) is not int or not 0 <= shadow <= MOST_SHADOWED:
             raise RefusedError(400, "wanted an engine NAME/VERSION and a number of frames to compare")
@@ -272,7 +276,7 @@ class Dashboard:
         return await self._order(session, "activate", engine=engine, shadow=shadow)
 
     async def _roll_back(self, request: Request, session: Session) -> Response:
-        engine = (await _body(request)).get("engine")
+        engine = (await read_body(request)).get("engine")
         if not isinstance(engine, str):
             raise RefusedError(400, "wanted an engine NAME")
         return await self._order(session, "rollback", engine=engine)
@@ -298,60 +302,6 @@ class _Code(StaticFiles):
         if path.endswith(".html"):  # pages are routes, with their own rules
             return Response(status_code=404)
         return await super().get_response(path, scope)
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    """A small JSON object. Anything else is refused before it is taken in."""
-    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-        raise RefusedError(415, "wanted application/json")
-    data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > _MOST_BODY_BYTES:
-            raise RefusedError(413, f"wanted at most {_MOST_BODY_BYTES} bytes")
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
-        raise RefusedError(400, "wanted a JSON object") from None
-    if not isinstance(fields, dict):
-        raise RefusedError(400, "wanted a JSON object")
-    return fields
-
-
-def _number(text: str | None) -> int | None:
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise RefusedError(400, f"found {text[:40]!r}, wanted a number")
-    return min(int(text), 2**63 - 1)
-
-
-def _part_key(request: Request) -> tuple[str, str, int]:
-    asked = request.query_params
-    seq = _number(asked.get("seq"))
-    if seq is None:
-        raise RefusedError(400, "wanted camera, epoch and seq")
-    return asked.get("camera", ""), asked.get("epoch", ""), seq
-
-
-def _place_in_list(text: str) -> tuple[int, str, str, int]:
-    try:
-        decided_ns, camera, epoch, seq = json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        raise RefusedError(400, "before is not a place that a page of rejects ended with") from None
-    if type(decided_ns) is not int or not isinstance(camera, str) or not isinstance(epoch, str) or type(seq) is not int:
-        raise RefusedError(400, "before is not a place that a page of rejects ended with")
-    return decided_ns, camera, epoch, seq
-
-
-def _tell_refusal(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return JSONResponse({"error": str(error)}, error.status, headers=error.headers)
-
-
-def _tell_error(_request: Request, error: Exception) -> Response:
-    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
-    return JSONResponse({"error": str(error)}, status)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

@@ -123,7 +123,7 @@ class Books:
         part = self.part(camera, epoch, seq)
         facts = self._facts(part)
         path = self._picture_path(part, facts, name) if facts else None
-        data = _read_plain(path, _MOST_PICTURE_BYTES) if path else None
+        data = read_plain(path, _MOST_PICTURE_BYTES) if path else None
         if path is None or data is None:
             raise GoneError(f"the recorder has no {name} of {camera} {epoch} {seq} (any more)")
         return _TYPES[path.suffix[1:]], data
@@ -143,7 +143,7 @@ class Books:
 
     def _facts(self, part: dict[str, Any]) -> dict[str, Any] | None:
         path = self._facts_path(part)
-        data = _read_plain(path, _MOST_FACTS_BYTES) if path else None
+        data = read_plain(path, _MOST_FACTS_BYTES) if path else None
         try:
             facts = json.loads(data) if data else None
         except (ValueError, RecursionError):
@@ -187,7 +187,7 @@ class Books:
             return [dict(row) for row in db.execute("SELECT * FROM events ORDER BY ns DESC LIMIT ?", (most,))]
 
 
-def _read_plain(path: Path, most_bytes: int) -> bytes | None:
+def read_plain(path: Path, most_bytes: int) -> bytes | None:
     """The bytes of a plain file that is no link; None where it is none, or too large."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

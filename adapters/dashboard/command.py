@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from adapters.dashboard.settings import load_place, load_settings
-from adapters.dashboard.users import Role, load_users, remove_user, save_user
+from adapters.dashboard.users import ROLES, Role, load_users, remove_user, save_user
 from daemon.errors import ConfigError, UsageError
 
 CONFIG = click.option(
@@ -42,8 +42,8 @@ def command(config_path: Path) -> None:
 @click.command("dashboard-user")
 @click.argument("name")
 @click.option(
-    "--role", type=click.Choice(["viewer", "operator"]), default="viewer", show_default=True,
-    help="viewer: sees everything; operator: changes things, too.",
+    "--role", type=click.Choice(ROLES), default="viewer", show_default=True,
+    help="viewer: sees everything; reviewer: marks rejects, too; operator: changes things, too.",
 )  # fmt: skip
 @click.option("--remove", is_flag=True, help="Take the user out; all their sessions end.")
 @CONFIG

@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.dashboard.users import Role, User, Users
+from adapters.dashboard.users import ROLES, Role, User, Users
 
 TOKEN_HEADER = "x-csrf-token"
 _MOST_ADDRESSES = 10_000
@@ -45,9 +45,9 @@ class Session:
     role: Role
     token: str
 
-    @property
-    def may_change(self) -> bool:
-        return self.role == "operator"
+    def may(self, role: Role) -> bool:
+        """What somebody with that role may do."""
+        return ROLES.index(self.role) >= ROLES.index(role)
 
 
 class Sessions:

@@ -1,6 +1,7 @@
 """Who may look and who may change: a file of names, roles and password hashes (scrypt), 0600.
 
-A viewer sees everything and changes nothing; an operator may also activate engines and roll back.
+A viewer sees everything and changes nothing; a reviewer may also mark rejects; an operator may besides activate engines
+and roll back.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from daemon.yamlfile import YamlError, parse_yaml
 
 log = logging.getLogger("inspectd.dashboard")
 
-Role = Literal["viewer", "operator"]
+Role = Literal["viewer", "reviewer", "operator"]
+ROLES: tuple[Role, ...] = ("viewer", "reviewer", "operator")  # each may do what those before it may
 LEAST_CHARACTERS, MOST_CHARACTERS = 10, 200
 # 32 MB and some 0.2 s of one core: dear for whoever has stolen the file, bearable for the box, one at a time.
 _N, _R, _P = 1 << 15, 8, 3

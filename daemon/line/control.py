@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from getpass import getuser
 from typing import Any
 
 import zmq
 
 from daemon.errors import InspectError, UsageError, WireError
+from daemon.line.marking import Marking, decode_marking
 from daemon.line.wire import decode_header, encode_header
 from daemon.types import Header
 
-COMMANDS = ("status", "pause", "resume", "drain", "reset", "activate", "rollback")
+COMMANDS = ("status", "pause", "resume", "drain", "reset", "mark", "activate", "rollback")
 MOST_SHADOWED = 1_000_000
 MOST_USER_CHARACTERS = 64
 
@@ -21,7 +24,7 @@ class Request:
     """`engine` is NAME/VERSION for activate and NAME, or nothing where there is only one, for rollback.
 
     `user` is who asks, as the asker says: whoever reaches this socket is trusted with that too.
-    `camera` is for reset; all of them where it is left out.
+    `camera` is for reset; all of them where it is left out. `marking` is for mark, which also needs a user.
     """
 
     command: str
@@ -29,6 +32,7 @@ class Request:
     shadow: int = 0  # live frames to compare before the swap
     user: str | None = None
     camera: str | None = None
+    marking: Marking | None = None
 
 
 def decode_request(parts: list[bytes]) -> Request:
@@ -49,11 +53,22 @@ def decode_request(parts: list[bytes]) -> Request:
     camera = fields.get("camera")
     if not isinstance(camera, str | None):
         raise WireError(f"found camera {camera!r}, wanted text, or nothing for all cameras")
-    return Request(str(command), engine, shadow, user, camera)
+    if command == "mark" and user is None:
+        raise WireError("found no user, wanted one: a mark is somebody's word")
+    marking = decode_marking(fields) if command == "mark" else None
+    return Request(str(command), engine, shadow, user, camera, marking)
 
 
 def _is_name(user: object) -> bool:
     return isinstance(user, str) and 0 < len(user) <= MOST_USER_CHARACTERS and user.isprintable()
+
+
+def account() -> str | None:
+    """Whose hands these are, for the books: the account before sudo; nobody's where it has no name."""
+    try:
+        return os.environ.get("SUDO_USER") or getuser()
+    except (KeyError, OSError):
+        return None
 
 
 class NoAnswerError(InspectError):

@@ -33,6 +33,11 @@ CREATE TABLE IF NOT EXISTS skips (
     PRIMARY KEY (camera, epoch, seq)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (ns INTEGER, user TEXT, command TEXT, engine TEXT, ok INTEGER, detail TEXT);
+CREATE TABLE IF NOT EXISTS marks (
+    ns INTEGER, user TEXT, decision TEXT, mark TEXT, name TEXT,
+    camera TEXT, epoch TEXT, seq INTEGER, decided_ns INTEGER
+);
+CREATE INDEX IF NOT EXISTS marks_part ON marks (camera, epoch, seq);
 CREATE TABLE IF NOT EXISTS conflicts (camera TEXT, epoch TEXT, seq INTEGER, first TEXT, second TEXT);
 CREATE TABLE IF NOT EXISTS place (
     one INTEGER PRIMARY KEY CHECK (one = 1), segment TEXT, offset INTEGER, damaged INTEGER
@@ -106,6 +111,12 @@ class Ledger:
             self._db.execute("INSERT OR IGNORE INTO skips VALUES (:camera, :epoch, :seq, :seqTo, :ns)", record)
         elif record["t"] == "event":
             self._db.execute("INSERT INTO events VALUES (:ns, :user, :command, :engine, :ok, :detail)", record)
+        elif record["t"] == "mark":
+            said = {key: record[key] for key in ("ns", "user", "decision", "mark", "name")}
+            self._db.executemany(
+                "INSERT INTO marks VALUES (:ns, :user, :decision, :mark, :name, :camera, :epoch, :seq, :decidedNs)",
+                [{**said, **part} for part in record["parts"]],
+            )
         elif record["t"] == "verdict":
             self._take_verdict({"seqTo": record["seq"], **record})
 

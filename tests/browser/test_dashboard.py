@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from daemon.record.recorder import recorded_as
+from tests.browser.pages import findings, go
 from tests.bundles import bad_pixels, install_bundle
 from tests.daemons import make_site
 from tests.dashboards import Shown, events, log_in, set_up
@@ -22,20 +21,9 @@ from tests.lines import pump_until, send, settle, wait_for
 if shutil.which("chromium") is None and not os.environ.get("CI"):
     pytest.skip("Debian's chromium is not installed", allow_module_level=True)
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-VIEWS = ("Line", "History", "Scores", "Engines", "Permits and books")
-HERE = Path(__file__).parent
-WAIT_MS = 20_000
-expect.set_options(timeout=WAIT_MS)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        yield browser
-        browser.close()
+VIEWS = ("Line", "History", "Review", "Scores", "Engines", "Permits and books")
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +39,6 @@ def shown(tmp_path_factory):
     yield shown
     assert shown.stop() == 0
     site.stop()
-
-
-@pytest.fixture
-def page(browser, shown):
-    """A page of its own, which must ask nobody but the dashboard and have nothing to complain about."""
-    context = browser.new_context(viewport={"width": 1180, "height": 820})
-    page = context.new_page()
-    page.set_default_timeout(WAIT_MS)
-    asked, complaints = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.complaints = complaints
-    page.goto(shown.url)
-    yield page
-    assert {url.split("/")[2] for url in asked if not url.startswith("blob:")} == {shown.url.split("/")[2]}
-    assert complaints == []
-    context.close()
-
-
-def go(page, view):
-    page.get_by_role("navigation").get_by_role("link", name=view, exact=True).click()
 
 
 def drawn(page, selector):
@@ -262,30 +228,6 @@ def test_logging_out_ends_in_the_login_page(page):
     log_in(page)
     page.get_by_role("button", name="Log out").click()
     expect(page).to_have_title("inspectd: log in")
-
-
-@pytest.fixture(scope="session")
-def axe():
-    """npm's axe-core, installed once into a folder that git ignores."""
-    script = HERE / "node_modules/axe-core/axe.min.js"
-    if not script.exists():
-        options = ["--silent", "--no-save", "--no-package-lock", "--no-audit", "--no-fund", "--prefix", str(HERE)]
-        done = subprocess.run(
-            ["npm", "install", *options, "axe-core@4"], capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    return script.read_text()
-
-
-def findings(page, axe):
-    """What axe-core finds serious or worse, each with the places."""
-    page.evaluate(axe)  # not as a script of the page: its policy would rightly refuse that
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    return [
-        (each["id"], each["impact"], [node["target"] for node in each["nodes"]])
-        for each in found
-        if each["impact"] in ("serious", "critical")
-    ]
 
 
 def test_axe_finds_nothing_serious_on_any_page(page, rejects, axe):

@@ -272,8 +272,10 @@ def read_control(data: bytes) -> bool:
 
 def control_seeds() -> list[bytes]:
     swaps = [{"command": "activate", "engine": "part/2", "shadow": 5}, {"command": "rollback", "engine": "part"}]
-    plain = [{"command": command} for command in COMMANDS if command != "activate"]
-    return [encode_header(request) for request in (*plain, *swaps)]
+    plain = [{"command": command} for command in COMMANDS if command not in ("activate", "mark")]
+    part = {"camera": "c", "epoch": "e", "seq": 1, "decidedNs": 2}
+    said = {"user": "olga", "mark": "defect", "name": "scratch", "decision": "0" * 16, "parts": [part]}
+    return [encode_header(request) for request in (*plain, *swaps, {"command": "mark", **said})]
 
 
 def exchange_permits(data: bytes) -> bool:

@@ -8,9 +8,10 @@ import * as books from "/static/view_books.js"
 import * as engines from "/static/view_engines.js"
 import * as history from "/static/view_history.js"
 import * as line from "/static/view_line.js"
+import * as review from "/static/view_review.js"
 import * as scores from "/static/view_scores.js"
 
-const VIEWS = { line, history, scores, engines, books }
+const VIEWS = { line, history, review, scores, engines, books }
 const STATES = {
   RUNNING: ["good", "RUNNING"],
   PAUSED: ["wait", "PAUSED"],

@@ -73,6 +73,6 @@ function countsTable(counts) {
 
 function eventsTable(events) {
   return table("Newest first", ["When", "Who", "What", "Engine", "How it ended"], events.map(event => [
-    moment(event.ns), event.user ?? "unknown", event.command, event.engine ?? "", event.ok ? "done" : `refused: ${event.detail}`,
+    moment(event.ns), event.user ?? "unknown", event.command, event.engine ?? "", event.ok ? event.detail ?? "done" : `refused: ${event.detail}`,
   ]))
 }

@@ -1,7 +1,8 @@
 // The engines on disk, which one judges, and the two changes an operator may make, each behind a question.
 
 import { ask, change } from "/static/api.js"
-import { h, score, sign, text } from "/static/dom.js"
+import { confirm } from "/static/confirm.js"
+import { h, score, sign } from "/static/dom.js"
 
 export const title = "Engines"
 
@@ -34,7 +35,7 @@ export function open(root, app) {
     }
   }
   async function order(path, fields, question) {
-    const answered = await confirm(question, path === "activate")
+    const answered = await asked(question, path === "activate")
     if (answered == null) return
     note.textContent = "Asked; the daemon loads and proves the engine beside the one at work …"
     try {
@@ -91,26 +92,10 @@ function golden(atWork, engine) {
 }
 
 /** The number of frames to compare (0 for a rollback), or null where the answer is no. */
-function confirm(question, mayCompare) {
-  const dialog = document.getElementById("confirm")
-  const shadow = h("input", { type: "number", min: 0, max: 1000000, value: 0, id: "shadow" })
-  const words = mayCompare
-    ? "It is verified and proven beside the engine at work, takes over between two frames, and if it fails in its first 20 the old one is back."
-    : "The engine before takes over between two frames."
-  return new Promise(resolve => {
-    const end = answer => {
-      resolve(answer)
-      dialog.close()
-    }
-    dialog.replaceChildren(
-      h("h2", { id: "confirm-title" }, question), h("p", {}, words, " It is written into the books with your name."),
-      ...(mayCompare ? [h("label", { for: "shadow" }, "Live frames to judge with both before"), shadow] : []),
-      h("div", { class: "buttons" },
-        h("button", { type: "button", class: "main", id: "yes", onclick: () => end(Math.max(0, Math.round(Number(shadow.value) || 0))) }, "Yes, do it"),
-        h("button", { type: "button", onclick: () => end(null) }, "No")),
-    )
-    dialog.addEventListener("close", () => resolve(null), { once: true })
-    dialog.showModal()
-    text(document.getElementById("confirm-title"), question)
-  })
+async function asked(question, mayCompare) {
+  if (!mayCompare) return (await confirm(question, "The engine before takes over between two frames.")) ? 0 : null
+  const words = "It is verified and proven beside the engine at work, takes over between two frames, and if it fails in its first 20 the old one is back."
+  const input = h("input", { type: "number", min: 0, max: 1000000, value: 0, id: "shadow" })
+  const answer = await confirm(question, words, { label: "Live frames to judge with both before", input })
+  return answer == null ? null : Math.max(0, Math.round(Number(answer) || 0))
 }
