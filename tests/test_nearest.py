@@ -227,6 +227,20 @@ def test_without_a_usable_compiled_search_there_is_none_to_load(tmp_path: Path, 
     assert "OpenVINO searches" in caplog.text
 
 
+def test_a_library_left_over_from_another_version_is_not_used(tmp_path: Path, caplog: Any) -> None:
+    library()
+    for number, text in enumerate(
+        ("int inspectd_nearest(void) { return 0; }", "int inspectd_nearest_interface(void) { return 1; }")
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "old.c").write_text(text)
+        target = folder / f"_nearest{pruned.EXTENSION_SUFFIXES[0]}"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", target, folder / "old.c"], check=True)
+        assert pruned.load_library(folder) is None
+        assert f"{target} is another version's" in caplog.text
+
+
 def test_doctor_says_whether_the_search_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from daemon.machine import examine_machine
 

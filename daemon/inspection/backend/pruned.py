@@ -32,7 +32,7 @@ _PADDED = 96  # rows: whole blocks, and AMX's 32
 _STEP, _SIDE, _DEPTH = 32, 16, 160  # as in nearest_amx.c
 _UNIT, _BF16_PAIR = 2.0**-24, 2.0**-16
 _NOWHERE = -3e38  # a bias that no bound can lift
-_NAME = "_nearest"
+_NAME, _INTERFACE = "_nearest", 2  # as in nearest_cpu.h
 
 Rows = npt.NDArray[np.int32]
 
@@ -48,14 +48,19 @@ class _Bank(ctypes.Structure):
 
 
 def load_library(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
-    """What setup compiled from nearest_cpu.c; None where there was no compiler, or it was one for another machine."""
+    """What setup compiled from nearest_cpu.c; None where there was no compiler, or it was for another machine or version."""
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"{_NAME}{suffix}"
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError as error:
-                log.warning("compiled search cannot be loaded, OpenVINO searches: %s", error)
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            log.warning("compiled search cannot be loaded, OpenVINO searches: %s", error)
+            continue
+        if hasattr(library, "inspectd_nearest_interface") and library.inspectd_nearest_interface() == _INTERFACE:
+            return library
+        log.warning("compiled search %s is another version's, OpenVINO searches: install inspectd again", path)
     return None
 
 

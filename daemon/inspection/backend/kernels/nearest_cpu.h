@@ -8,6 +8,8 @@
  * above, also where M is a power of two. */
 enum { AXES = 48, K1 = AXES + 1, BLOCK = 48, LANES = 16, MOST_TILE = 32, SKEW = 16 };
 
+enum { INTERFACE = 2 }; /* as pruned.py's; another one with every change of struct bank or of what it points to */
+
 struct bank { /* as pruned.py's _Bank */
     int32_t rows, padded, channels, form;
     float slack, longest;
