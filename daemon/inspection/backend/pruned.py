@@ -48,7 +48,7 @@ class _Bank(ctypes.Structure):
 
 
 def load_library(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
-    """What setup compiled from nearest_cpu.c; None where there was no compiler, or it was for another machine or version."""
+    """What setup compiled from nearest_cpu.c; None without a compiler, or where it was for other machines."""
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"{_NAME}{suffix}"
         if not path.exists():
