@@ -20,7 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,7 @@ import numpy as np
 from adapters.bench import golden_pictures
 from adapters.line import Line
 from adapters.simulate import Picture, load_pictures, picture_frame, wait_until
+from bench.awake import kept_awake
 from bench.record import RESULTS, ROOT, origin, write_result
 from bench.soak_books import MISSING, Tally, compare, ledger_rows
 from bench.soak_faults import OF_GUESTS, PATIENCE_S, Fault, Guests, Windows, schedule
@@ -438,14 +439,23 @@ def plot(result: dict[str, Any], path: Path) -> None:
 @click.option("--threads", type=click.IntRange(1), default=1, help="For inference.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the schedule of faults.")
 @click.option("--sample-s", type=click.FloatRange(0, min_open=True), default=5.0)
+@click.option("--keep-awake", is_flag=True, help="On a shared virtual machine: no core ever rests (bench/awake.py).")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "soak.json")
 @click.option("--picture", type=click.Path(path_type=Path), default=ROOT / "docs" / "soak.svg")
-def main(engine: Path | None, trusted: Path | None, out: Path, picture: Path, **fields: Any) -> None:
+def main(
+    engine: Path | None,
+    trusted: Path | None,
+    out: Path,
+    picture: Path,
+    keep_awake: bool,  # noqa: FBT001 - click hands flags over as they come
+    **fields: Any,
+) -> None:
     """Soak, write, plot; exit 1 when the books differ."""
     options = Options(**fields)
     with tempfile.TemporaryDirectory(prefix="inspectd-soak-") as name:
         site, pictures = furnish(Path(name), options, engine, trusted)
-        found = soak(site, pictures, options)
+        with kept_awake() if keep_awake else nullcontext():
+            found = {"keptAwake": keep_awake, **soak(site, pictures, options)}
     found = {**origin("openvino", "numpy", "pyzmq", "opencv-python-headless"), "protocol": __doc__, **found}
     found["holds"] = not found["faults"]
     found["faultsFound"], found["faults"] = len(found["faults"]), found["faults"][:_MOST_TOLD]

@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from adapters.line import Line
 from bench import soak
+from bench.awake import kept_awake
 from bench.soak_books import Fate, Tally, ledger_rows
 from bench.soak_faults import RATES, Windows, schedule
 from daemon.record.ledger import Ledger
@@ -293,3 +296,18 @@ def test_rows_of_a_ledger_are_only_read(soaked):
     site, found, _ = soaked
     rows = ledger_rows(site.folder / "run/ledger")
     assert sum(row[3] - row[2] + 1 for row in rows) == found["verdicts"]
+
+
+def test_kept_awake_every_core_has_a_loop_that_gives_way_to_anything() -> None:
+    def loops() -> dict[int, set[int]]:
+        own = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        idle = [int(child) for child in own if os.sched_getscheduler(int(child)) == os.SCHED_IDLE]
+        return {child: os.sched_getaffinity(child) for child in idle}
+
+    cores = os.sched_getaffinity(0)
+    with kept_awake():
+        end = time.monotonic() + 20
+        while len(loops()) < len(cores) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert sorted(map(sorted, loops().values())) == [[core] for core in sorted(cores)]
+    assert loops() == {}
