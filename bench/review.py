@@ -3,7 +3,7 @@
     python -m bench.review [--data FOLDER]       (FOLDER/<set>/train/good and test/<kind>)
 
 Groups: the rejects of an engine (build_engines.py --budget 0; rendered parts of 128 pixels, real ones at 192) among a
-set's labelled test images, by the grouping of `inspectd review groups`, once with the engine's network and once without.
+set's labelled test images, by the grouping of `inspectd review groups`, with the engine's network and without it.
 The adjusted Rand index holds the groups against the kinds (1: the same division; 0: no better than chance); purity is
 the share of rejects that are of their group's most frequent kind, which is what a click on a group gets right;
 `decisions` the number of groups, for so many `rejects`. Rendered parts are examples/parts.py's; each seed has its own
