@@ -2,14 +2,16 @@
 
     python -m bench.review [--data FOLDER]       (FOLDER/<set>/train/good and test/<kind>)
 
-Groups: the rejects of an engine (build_engines.py --budget 0 --coreset 2000) among a set's labelled test images, by the
-grouping of `inspectd review groups`, once with the engine's network and once without. The adjusted Rand index holds the
-groups against the kinds (1: the same division; 0: no better than chance); purity is the share of rejects that are of
-their group's most frequent kind, which is what a click on a group gets right; `decisions` the number of groups, for so
-many `rejects`. Rendered parts are examples/parts.py's; each seed has its own parts and engine.
+Groups: the rejects of an engine (build_engines.py --budget 0; rendered parts of 128 pixels, real ones at 192) among a
+set's labelled test images, by the grouping of `inspectd review groups`, with the engine's network and without it.
+The adjusted Rand index holds the groups against the kinds (1: the same division; 0: no better than chance); purity is
+the share of rejects that are of their group's most frequent kind, which is what a click on a group gets right;
+`decisions` the number of groups, for so many `rejects`. Rendered parts are examples/parts.py's; each seed has its own
+parts and engine.
 
-Learning: on rendered parts a stain is taken for harmless. Of an engine's rejected stained parts some are added
-(build_engines.py --add), and both engines judge other stained parts, good parts and the other kinds of defect.
+Learning: on rendered parts something is taken for harmless: a dot of paint, always the same, or a stain, each of its
+own shape. Of an engine's rejected parts with it some are added (build_engines.py --add), and both engines judge other
+such parts, good parts and the other kinds of defect.
 """
 
 from __future__ import annotations
@@ -36,12 +38,15 @@ from daemon.inspection.pipeline import Pipeline, to_frame_size
 from daemon.inspection.verdict import region_mask
 from daemon.score import open_pipeline
 from daemon.types import ByteArray, Frame, Outcome
-from examples.parts import DEFECTS, write_dataset
+from examples.parts import DEFECTS, render_part, with_paint_dot, write_dataset
 from trainer.dataset import list_images, read_frame
 
-SIZE = (256, 256)
-_HARMLESS = "stain"
-_ADDED = (5, 10, 20, 40)
+SIZE = (128, 128)
+RENDERED = ("--size", "128", "--coreset", "1000")
+REAL = ("--size", "192", "--coreset", "1000")
+_HARMLESS = ("dot of paint", "stain")
+_ADDED = (5, 20)
+_JUDGED = 60  # of each kind
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Found:
 def build(place: Path, good: Path, *options: str) -> Pipeline:
     """A quick engine, opened."""
     command = [sys.executable, str(ROOT / "build_engines.py"), "part", "--good", str(good), "--out", str(place / "e")]
-    command += ["--keys", str(place / "keys"), "--budget", "0", "--coreset", "2000", "--false-reject", "0.05", *options]
+    command += ["--keys", str(place / "keys"), "--budget", "0", "--false-reject", "0.05", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return open_pipeline(Path(done.stdout.split()[-1]), place / "keys/trusted.yaml")
 
@@ -124,26 +129,36 @@ def shares(pipeline: Pipeline, folders: dict[str, list[Path]]) -> dict[str, floa
     }
 
 
-def learning(place: Path, seed: int) -> list[dict[str, Any]]:
-    """Shares that pass, before and with so many rejected stained parts added."""
+def learning(place: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """By what was called harmless: shares that pass, before and with so many rejected parts added."""
     parts = place / "learn"
-    write_dataset(parts, good_train=120, good_test=60, defects_each=90, size_hw=SIZE, seed=100 + seed)
-    before = build(place, parts / "train/good")
-    folders = {kind: list_images(parts / "test" / kind)[60:] for kind in DEFECTS}
+    write_dataset(parts, good_train=90, good_test=_JUDGED, defects_each=2 * _JUDGED, size_hw=SIZE, seed=100 + seed)
+    _write_dotted(parts / "test/dot of paint", 2 * _JUDGED, seed)
+    before = build(place, parts / "train/good", *RENDERED)
+    folders = {kind: list_images(parts / "test" / kind)[_JUDGED:] for kind in ("dot of paint", *DEFECTS)}
     folders["good"] = list_images(parts / "test/good")
-    rows = [{"added": 0, **shares(before, folders)}]
-    stained = list_images(parts / "test" / _HARMLESS)[:60]
-    turned = [path for path in stained if _is_rejected(before, path)]
-    for count in _ADDED:
-        folder = place / f"added-{count}"
-        folder.mkdir()
-        for path in turned[:count]:
-            (folder / path.name).write_bytes(path.read_bytes())
-        after = build(place, parts / "train/good", "--add", str(folder))
-        rows.append({"added": len(turned[:count]), **shares(after, folders)})
-        after.backend.close()
+    found = {}
+    for harmless in _HARMLESS:
+        rows = [{"added": 0, **shares(before, folders)}]
+        turned = [path for path in list_images(parts / "test" / harmless)[:_JUDGED] if _is_rejected(before, path)]
+        for count in _ADDED:
+            folder = place / f"{harmless}-{count}"
+            folder.mkdir()
+            for path in turned[:count]:
+                (folder / path.name).write_bytes(path.read_bytes())
+            after = build(place, parts / "train/good", *RENDERED, "--add", str(folder))
+            rows.append({"added": len(turned[:count]), **shares(after, folders)})
+            after.backend.close()
+        found[harmless] = rows
     before.backend.close()
-    return rows
+    return found
+
+
+def _write_dotted(folder: Path, count: int, seed: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        part = 50_000_000 + 1_000_000 * seed + number
+        cv2.imwrite(str(folder / f"{number:03d}.png"), with_paint_dot(render_part(part, size_hw=SIZE)[0], part))
 
 
 def _is_rejected(pipeline: Pipeline, path: Path) -> bool:
@@ -153,7 +168,7 @@ def _is_rejected(pipeline: Pipeline, path: Path) -> bool:
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Real sets, besides.")
 @click.option("--sets", default="", help="Names, comma separated; default: all in the folder.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--out", default="review.json", show_default=True, help="File name below bench/results.")
 def main(*, data: Path | None, sets: str, seeds: int, out: str) -> None:
     """Build, judge, group, learn; written at the end."""
@@ -167,8 +182,8 @@ def main(*, data: Path | None, sets: str, seeds: int, out: str) -> None:
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(prefix="inspectd-review-") as name:
             place = Path(name)
-            write_dataset(place / "parts", good_train=90, good_test=40, defects_each=40, size_hw=SIZE, seed=seed)
-            pipeline = build(place, place / "parts/train/good", "--seed", str(seed))
+            write_dataset(place / "parts", good_train=90, good_test=30, defects_each=30, size_hw=SIZE, seed=seed)
+            pipeline = build(place, place / "parts/train/good", *RENDERED, "--seed", str(seed))
             result["groups"][f"rendered parts, seed {seed}"] = grouping(pipeline, place / "parts/test")
             pipeline.backend.close()
             print(json.dumps(result["groups"]), flush=True)
@@ -180,7 +195,7 @@ def main(*, data: Path | None, sets: str, seeds: int, out: str) -> None:
             if names and folder.name not in names:
                 continue
             with tempfile.TemporaryDirectory(prefix="inspectd-review-") as name:
-                pipeline = build(Path(name), folder / "train/good")
+                pipeline = build(Path(name), folder / "train/good", *REAL)
                 result["groups"][folder.name] = grouping(pipeline, folder / "test")
                 pipeline.backend.close()
                 print(json.dumps(result["groups"][folder.name]), flush=True)

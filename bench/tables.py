@@ -404,11 +404,14 @@ def learning_table() -> str:
     found = _found("review.json")
     if not found:
         return "Not measured yet."
-    kinds = ("stain", "good", *(kind for kind in found["learning"][0][0] if kind not in ("added", "stain", "good")))
-    lines = [f"| added | {' | '.join(f'{kind}: passed' for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-    for rows in zip(*found["learning"], strict=True):
-        cells = [f"{mean(row[kind] for row in rows):.0%}" for kind in kinds]
-        lines.append(f"| {mean(row['added'] for row in rows):g} | {' | '.join(cells)} |")
+    harmless = list(found["learning"][0])
+    kinds = [kind for kind in found["learning"][0][harmless[0]][0] if kind != "added"]
+    lines = [f"| called harmless | added | {' | '.join(f'{kind}: passed' for kind in kinds)} |"]
+    lines.append("|---" * (len(kinds) + 2) + "|")
+    for what in harmless:
+        for rows in zip(*(seed[what] for seed in found["learning"]), strict=True):
+            cells = [f"{mean(row[kind] for row in rows):.0%}" for kind in kinds]
+            lines.append(f"| {what} | {mean(row['added'] for row in rows):g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -227,6 +227,18 @@ def render_part(
     return image if color else image[..., 0], mask
 
 
+def with_paint_dot(image: Picture, seed: int) -> Picture:
+    """The grey picture (H, W) of a part with a dot of bright paint, as people mark parts with; always the same dot."""
+    rng = np.random.default_rng([seed, 100])
+    height, width = image.shape
+    short = min(height, width)
+    angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0.18, 0.26) * short
+    centre = (width / 2 + away * np.cos(angle), height / 2 + away * np.sin(angle))
+    columns, rows = _offsets((height, width), *centre)
+    cover = np.clip(0.035 * short + 0.5 - np.hypot(columns, rows), 0, 1)
+    return np.asarray(np.rint(image * (1 - cover) + 235 * cover), np.uint8)
+
+
 def write_dataset(
     folder: Path,
     *,

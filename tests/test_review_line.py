@@ -30,7 +30,7 @@ from daemon.score import open_pipeline
 from daemon.types import Frame, Outcome, PartKey
 from tests.daemons import ROOT
 from tests.dashboards import PASSWORD, add_user, events, set_up
-from tests.reviews import QUICK, SCRATCH, STAIN, make_reviewed, part_pixels
+from tests.reviews import DOT, QUICK, SCRATCH, make_reviewed, part_pixels
 
 PAGE = (ROOT / "docs/review.md").read_text()
 OURS = {"origin": "http://testserver"}
@@ -74,7 +74,7 @@ def largest(grouping, truth, kind):
 
 
 @pytest.mark.parametrize("look", ["engine", "plain"])
-def test_scratches_and_stains_fall_into_different_groups(reviewed, look):
+def test_scratches_and_dots_fall_into_different_groups(reviewed, look):
     config = reviewed.config
     if look == "plain":
         nowhere = config.engines.model_copy(update={"dir": config.engines.dir / "none"})
@@ -84,9 +84,9 @@ def test_scratches_and_stains_fall_into_different_groups(reviewed, look):
     assert {group.look for group in grouping.groups} == {look}
     assert [line for line in told if "without its engine" in line] == told
     labels = {member.key: group.number for group in grouping.groups for member in group.members}
-    known = {key: number for key, number in labels.items() if reviewed.truth[key] in (SCRATCH, STAIN)}
+    known = {key: number for key, number in labels.items() if reviewed.truth[key] in (SCRATCH, DOT)}
     kinds = Counter(reviewed.truth[key] for key in known)
-    assert min(kinds[SCRATCH], kinds[STAIN]) >= 10, kinds
+    assert min(kinds[SCRATCH], kinds[DOT]) >= 10, kinds
     found = adjusted_rand_score([reviewed.truth[key] for key in known], list(known.values()))
     right = sum(
         Counter(reviewed.truth[member.key] for member in group.members).most_common(1)[0][1]
@@ -303,10 +303,10 @@ def passed(folder, keys, kind, seeds):
 
 
 def test_the_pages_commands_lead_to_an_engine_that_passes_more_of_what_was_called_good(line, grouped, monkeypatch):
-    """Stains are harmless here: the page's group 2 is the largest of them, its group 1 the largest of scratches."""
+    """The page's group 1 is the largest group of scratches, its group 2 the largest of harmless dots of paint."""
     site = line.site
     monkeypatch.chdir(site.folder)
-    numbers = {"1": largest(grouped, line.truth, SCRATCH).number, "2": largest(grouped, line.truth, STAIN).number}
+    numbers = {"1": largest(grouped, line.truth, SCRATCH).number, "2": largest(grouped, line.truth, DOT).number}
     known = {"VERSION": None}
     before = (site.folder / "engines/flange/current").resolve()
     told = {}
@@ -330,7 +330,7 @@ def test_the_pages_commands_lead_to_an_engine_that_passes_more_of_what_was_calle
     assert manifest.products["flange"].n == 16, "the limit rests on the calibration images alone"
     assert "in the memory bank, and in no measurement" in (after / "report.html").read_text()
     seeds, keys = range(8_000_000, 8_000_040), site.folder / "keys"
-    share = {folder.name: passed(folder, keys, STAIN, seeds) for folder in (before, after)}
+    share = {folder.name: passed(folder, keys, DOT, seeds) for folder in (before, after)}
     assert share[after.name] >= share[before.name] + 0.15, share
     assert passed(after, keys, SCRATCH, seeds) <= 0.5
     assert manifest.metrics["byDefect"]["scratch"]["escapeRate"] <= 0.5, "what the learning costs is told"
