@@ -34,7 +34,7 @@ from tests.reviews import DOT, QUICK, SCRATCH, make_reviewed, part_pixels
 
 PAGE = (ROOT / "docs/review.md").read_text()
 OURS = {"origin": "http://testserver"}
-LEAST_AGREEMENT = {"engine": (0.25, 0.9), "plain": (0.0, 0.6)}  # adjusted Rand index, share in the right group
+LEAST_AGREEMENT = {"engine": (0.6, 0.9), "plain": (0.2, 0.7)}  # adjusted Rand index, share in the right group
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,10 @@ def test_scratches_and_dots_fall_into_different_groups(reviewed, look):
         Counter(reviewed.truth[member.key] for member in group.members).most_common(1)[0][1]
         for group in grouping.groups
     )
-    assert (found, right / len(labels)) >= LEAST_AGREEMENT[look], [len(group.members) for group in grouping.groups]
-    assert right / len(labels) >= LEAST_AGREEMENT[look][1]
+    least, least_right = LEAST_AGREEMENT[look]
+    sizes = [len(group.members) for group in grouping.groups]
+    assert found >= least, (found, sizes)
+    assert right / len(labels) >= least_right, (right, sizes)
     assert len(grouping.groups) <= len(labels) / 3, "a group is there to spare decisions"
 
 

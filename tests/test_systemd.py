@@ -330,7 +330,7 @@ def test_the_account_has_no_shell_and_lives_where_the_service_does(tmp_path, ins
 
 def test_installed_files_are_readable_by_the_service_and_writable_by_root_alone(installed):
     files = [path for path in installed.rglob("*") if path.is_file()]
-    assert len(files) == 18
+    assert len(files) == 19
     assert {mode(path) for path in files} == {0o644}
     folders = {path for path in installed.rglob("*") if path.is_dir()}
     shown = installed / "var/lib/inspectd-dashboard"
