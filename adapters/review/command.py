@@ -30,8 +30,9 @@ _DAY_NS = 86_400 * 10**9
 _IN_A_ROW = 8  # pictures of a group on the sheet
 
 CONFIG = click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True
-)
+    "--config", "config_path", type=click.Path(path_type=Path), default=Path("config.yaml"), show_default=True,
+    help="The daemon's configuration.",
+)  # fmt: skip
 GROUPS = click.option(
     "--groups", "groups_path", type=click.Path(path_type=Path), help="Keep the groups here.  [beside the rejects]"
 )
@@ -105,7 +106,7 @@ def groups(  # noqa: PLR0917 - click hands every option over
 @click.option("--group", "number", type=click.IntRange(1), help="Of this group alone.")
 @click.option("--mark", "word", type=click.Choice(["good", "defect", "open"]), help="With this mark, or none yet.")
 @click.option("--camera", help="Of this camera alone.")
-@click.option("--last", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--last", type=click.IntRange(1), default=50, show_default=True, help="So many of them.")
 @click.option("--decisions", is_flag=True, help="Who marked what and when, instead.")
 def list_rejects(  # noqa: PLR0917 - click hands every option over
     config_path: Path,
