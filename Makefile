@@ -21,8 +21,9 @@ PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.vers
 demo: .venv/.installed  ## keys, an engine from 300 solar cells, the daemon, 400 cells at 25 a second
 	$(BIN)/python -m examples.demo
 
-test: .venv/.installed  ## everything that CI tests
-	$(BIN)/python -m pytest
+test: .venv/.installed  ## everything that CI tests: first three files at a time, then what must be alone
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 test-browser: .venv/.installed  ## the dashboard in a real Chromium (Debian: chromium); part of make test
 	$(BIN)/python -m pytest tests/browser

@@ -13,6 +13,16 @@ from tests.commands import Ended
 from trainer.site import run_command
 
 
+# Judge deadlines on a live daemon, or find their way in a browser: `make test` runs them after the others, one by one.
+ALONE = ("tests/faults/", "tests/browser/", "tests/test_line.py", "tests/test_soak.py", "tests/test_swap.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(ALONE):
+            item.add_marker("alone")
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """Where compiled kernels are kept: as systemd would have it, and not in the home of whoever runs the tests."""
