@@ -12,7 +12,6 @@ from daemon import cli
 from tests.commands import Ended
 from trainer.site import run_command
 
-
 # Judge deadlines on a live daemon, or find their way in a browser: `make test` runs them after the others, one by one.
 ALONE = ("tests/faults/", "tests/browser/", "tests/test_line.py", "tests/test_soak.py", "tests/test_swap.py")
 

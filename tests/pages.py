@@ -50,6 +50,7 @@ NOT_RUN = {
     r"sudo modprobe .*": "a kernel module",
     r".*/etc/credstore.*": "systemd hands it back; tests/test_systemd.py starts a daemon with such a credential",
     r"README\.md: \S+ (activate|rollback)\b.*": "docs/how-to/update-an-engine.md runs both, beside a second engine and a camera",
+    r"docs/review\.md: .*": "tests/test_review_line.py runs them, on a line that has rejected parts",
     r"inspectd camera (/dev/video0|genicam:) .*": "a camera; tests/test_live_cameras.py runs the same with Aravis' own",
 }
 
