@@ -47,6 +47,8 @@ class Commands:
             return None
         if request.marking is not None:
             # Nothing of the line changes: the journal's word on it, which orders.py writes, is all that is asked.
+            if fault := self._books_fault():
+                raise UsageError(f"found books that cannot be written ({fault}), wanted them to be; mark again then")
             return {"ok": True, "marked": len(request.marking.parts)}
         if command == "reset":
             self._dispatcher.watch.reset(request.camera)

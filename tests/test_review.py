@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -317,6 +318,56 @@ def test_an_export_follows_the_marks_and_keeps_what_the_recorder_gave_up(site, t
     assert export(desk_of(site), "part", out) == done
 
 
+def test_a_frame_that_goes_while_it_is_exported_costs_no_other(site, tmp_path, monkeypatch):
+    fill(site, range(3), mark_record([0, 1, 2], "defect", name="dent"))
+    desk = desk_of(site)
+    standing = desk.standing()
+    monkeypatch.setattr(desk, "standing", lambda: standing)
+    for path in (site.folder / "run/rejects").rglob(f"{NOON_NS}-*"):
+        path.unlink()  # the recorder makes room between the list and the copy
+    done = export(desk, "part", tmp_path / "out")
+    assert (done.files, done.gone) == ({"test/dent": 2}, 1)
+    assert files(tmp_path / "out") == sorted(["marks.json", *names([1, 2], "test/dent")])
+
+
+def test_an_interrupted_export_is_brought_up_to_date_by_the_next(site, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    fill(site, range(3), mark_record([0, 1], "defect", name="dent"))
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.review.export._drop_empty", interrupted)
+        patch.setattr("adapters.review.export._collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(desk_of(site), "part", out)
+    done = export(desk_of(site), "part", out)
+    assert done.files == {"test/dent": 2}
+    write_books(site, mark_record([0], "defect", name="chip", decision="c" * 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(desk_of(site), "part", out)
+    assert export(desk_of(site), "part", out).files == {"test/chip": 1, "test/dent": 1}
+    assert files(out) == sorted(["marks.json", *names([0], "test/chip"), *names([1], "test/dent")])
+
+
+def interrupted(*_arguments):
+    raise KeyboardInterrupt
+
+
+def test_what_another_ledger_said_stays_in_an_export(site, tmp_path):
+    out = tmp_path / "out"
+    fill(site, [1], mark_record([1], "defect", name="dent"))
+    export(desk_of(site), "part", out)
+    told = json.loads((out / "marks.json").read_text())
+    ((name, entry),) = told["files"].items()
+    (out / "test/dent/theirs.png").write_bytes((out / name).read_bytes())
+    told["files"]["test/dent/theirs.png"] = {**entry, "epoch": "of-another-line"}
+    (out / "marks.json").write_text(json.dumps(told))
+    write_books(site, mark_record([1], "none", decision="b" * 16))
+    done = export(desk_of(site), "part", out)
+    assert (done.files, done.foreign) == ({"test/dent": 1}, 1)
+    assert files(out) == ["marks.json", "test/dent/theirs.png"]
+
+
 def test_an_export_touches_no_folder_that_is_not_its_own(site, tmp_path):
     fill(site, [1], mark_record([1]))
     (tmp_path / "mine").mkdir()
@@ -406,21 +457,24 @@ def test_added_images_are_taught_and_nothing_is_measured_on_them(tmp_path, split
 
 
 def test_what_is_measured_on_is_never_added(tmp_path, splits, capsys):
-    found = dataset.add(splits, [pictures(tmp_path / "more", [0, 3, 4, 100])], "part", 1)
+    more = pictures(tmp_path / "more", [0, 3, 4, 100])
+    packed_otherwise = cv2.imencode(".png", cv2.imread(str(more / "4.png"), -1), [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+    assert packed_otherwise.tobytes() != (more / "4.png").read_bytes()
+    (more / "4.png").write_bytes(packed_otherwise.tobytes())
+    found = dataset.add(splits, [more], "part", 1)
     assert [picture.path.name for picture in found.added] == ["100.png"]
     assert "2 of the images to add are copies" in capsys.readouterr().err
 
 
 def test_an_export_is_added_by_its_good_ones_and_only_to_its_product(tmp_path, splits):
     out = tmp_path / "out"
-    pictures(out / "train/good", [100])
-    (out / "marks.json").write_text('{"product": "part"}')
+    pictures(out / "train/good", [100, 101])  # the latter is left over from an export that was cut short
+    (out / "marks.json").write_text('{"product": "part", "files": {"train/good/100.png": {}, "test/good/102.png": {}}}')
     for path in (out, out / "marks.json"):
         assert [picture.path.name for picture in dataset.add(splits, [path], "part", 1).added] == ["100.png"]
     with pytest.raises(UsageError, match="holds the marks of part, wanted those of other"):
         dataset.add(splits, [out], "other", 1)
-    (out / "train/good/100.png").unlink()
-    (out / "train/good").rmdir()
+    shutil.rmtree(out / "train/good")
     with pytest.raises(DataError, match="no rejected part was marked good"):
         dataset.add(splits, [out], "part", 1)
     (out / "marks.json").write_text("{")

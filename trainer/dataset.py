@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from daemon.errors import DataError, UsageError
 from daemon.inspection.decode import decode_file
 from daemon.types import Frame
@@ -34,11 +36,17 @@ _CELL = 32  # the network's input sides are multiples of it
 
 @dataclass(frozen=True)
 class Picture:
-    """A readable image file: its size and the SHA-256 of its bytes."""
+    """A readable image file: its size, and the SHA-256 of its bytes and of its pixels, however these are packed."""
 
     path: Path
     hw: tuple[int, int]
     sha256: str
+    pixels_sha256: str = ""
+
+    @property
+    def shows(self) -> str:
+        """The same for two files that show the same."""
+        return self.pixels_sha256 or self.sha256
 
 
 @dataclass(frozen=True)
@@ -164,28 +172,31 @@ def add(splits: Splits, folders: Sequence[Path], product: str, threads: int) -> 
     They were picked by having been rejected, so they are no sample of good parts: they join neither the choice of
     settings, nor the scale, nor the calibration. Raises DataError, and UsageError for another product's marks.
     """
-    measured = {picture.sha256 for picture in (*splits.select, *splits.calibrate)}
+    measured = {picture.shows for picture in (*splits.select, *splits.calibrate)}
     added: dict[str, Picture] = {}
     skipped = list(splits.skipped)
-    for folder in folders:
-        pictures, faults = scan(_added_folder(folder, product), threads)
+    for path in folders:
+        folder, named = _added_folder(path, product)
+        pictures, faults = scan(folder, threads)
         skipped += faults
-        added |= {picture.sha256: picture for picture in pictures}
+        # A frame of the line comes raw and is kept as PNG: the same picture has other bytes.
+        added |= {picture.shows: picture for picture in pictures if named is None or picture.path.name in named}
     copies = sum(digest in measured for digest in added)
     if copies:
         warn(f"{copies} of the images to add are copies of images that the limit or the scale rests on: left out")
-    known = measured | {picture.sha256 for picture in splits.train}
+    known = measured | {picture.shows for picture in splits.train}
     kept = tuple(picture for digest, picture in added.items() if digest not in known)
     return replace(splits, added=kept, skipped=tuple(skipped))
 
 
-def _added_folder(path: Path, product: str) -> Path:
-    """The good images of an export, by its folder or its marks.json; else the folder itself."""
+def _added_folder(path: Path, product: str) -> tuple[Path, frozenset[str] | None]:
+    """The good images of an export, by its folder or its marks.json, and their names there; else the folder itself."""
     folder = path.parent if path.name == _MARKS else path
     if not (folder / _MARKS).is_file():
-        return path
+        return path, None
     try:
-        found = json.loads((folder / _MARKS).read_text(encoding="utf-8"))["product"]
+        told = json.loads((folder / _MARKS).read_text(encoding="utf-8"))
+        found, files = told["product"], [Path(name) for name in told["files"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder / _MARKS}: is not what `inspectd review export` writes: {error!r}") from error
     if found != product:
@@ -193,7 +204,7 @@ def _added_folder(path: Path, product: str) -> Path:
     good = folder / "train/good"
     if not good.is_dir():
         raise DataError(f"{folder}: has no train/good: no rejected part was marked good, or all of them are kept back")
-    return good
+    return good, frozenset(name.name for name in files if name.parent == Path("train/good"))
 
 
 def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]:
@@ -217,10 +228,11 @@ def network_size(pictures: Sequence[Picture], long_side: int) -> tuple[int, int]
 def _check(path: Path) -> Picture | DataError:
     try:
         data = _read(path)
-        height, width = decode_file(data, str(path)).pixels.shape[:2]
+        pixels = decode_file(data, str(path)).pixels
     except DataError as error:
         return error
-    return Picture(path, (height, width), hashlib.sha256(data).hexdigest())
+    shows = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode() + np.ascontiguousarray(pixels).tobytes())
+    return Picture(path, (pixels.shape[0], pixels.shape[1]), hashlib.sha256(data).hexdigest(), shows.hexdigest())
 
 
 def _read(path: Path) -> bytes:

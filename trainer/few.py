@@ -40,7 +40,8 @@ def vary(image: FloatArray, rng: np.random.Generator) -> FloatArray:
 class FewImages:
     """Features (images, variations, P, C) of all images and their variations; the first variation is the image.
 
-    What was `added` (good parts that a line rejected) is in every bank and never left out: nothing is measured on it.
+    What was `added` (good parts that a line rejected) is in every bank, as it is, and never left out: nothing is
+    measured on it.
     """
 
     def __init__(
@@ -49,13 +50,16 @@ class FewImages:
         if len(pictures) >= FEW_IMAGES:
             raise ValueError(f"found {len(pictures)} images, wanted fewer than {FEW_IMAGES}")
         self._options, self._draft, self._held = options, draft, len(pictures)
-        self._pixels = [read_pixels(picture, draft.preprocessing) for picture in (*pictures, *added)]
+        self._pixels = [read_pixels(picture, draft.preprocessing) for picture in pictures]
         network = FeatureNetwork((site.folder / NETWORKS).read_bytes(), draft.preprocessing, options.threads)
         count = 1 + min(12, -(-_VARIATIONS // len(pictures)))
         self._features = np.empty((len(self._pixels), count, network.patches, network.channels), np.float32)
         for index in track(range(len(self._pixels)), "features of the images and their variations"):
             for number, pixels in enumerate(self._variations(index, count)):
                 self._features[index, number] = network.run(pixels)
+        self._added = np.empty((len(added), network.patches, network.channels), np.float32)
+        for index, picture in enumerate(added):
+            self._added[index] = network.run(read_pixels(picture, draft.preprocessing))
 
     def _variations(self, index: int, count: int) -> Iterator[FloatArray]:
         rng = np.random.default_rng((self._options.seed, index))
@@ -66,7 +70,7 @@ class FewImages:
     def bank(self, without: int | None = None) -> bank.Bank:
         """The bank of all images, or of all but one."""
         kept = [index for index in range(len(self._features)) if index != without]
-        full = self._features[kept].reshape(-1, self._features.shape[-1])
+        full = np.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in (self._features[kept], self._added)])
         settings = self._draft.settings
         return bank.make_bank(
             full, rows=settings.coreset, neighbours=settings.k, threads=self._options.threads, seed=self._options.seed

@@ -27,6 +27,7 @@ from adapters.review.marks import Said, send_marks, take_back, wait_until_booked
 from adapters.review.pictures import jpeg, thumbnail
 from daemon.errors import UsageError
 from daemon.line.marking import DEFECT_NAME
+from daemon.line.wire import MAX_SEQ
 from daemon.types import PartKey
 
 log = logging.getLogger("inspectd.dashboard")
@@ -133,7 +134,7 @@ class Reviewing:
         number, made, camera = fields.get("group"), fields.get("madeNs"), fields.get("camera")
         if number is None:
             epoch, seq = fields.get("epoch"), fields.get("seq")
-            if not isinstance(camera, str) or not isinstance(epoch, str) or type(seq) is not int:
+            if not isinstance(camera, str) or not isinstance(epoch, str) or type(seq) is not int or seq > MAX_SEQ:
                 raise RefusedError(400, "wanted a group and madeNs, or camera, epoch and seq")
             reject = self._desk.reject(PartKey(camera, epoch, seq))
             return [(reject.key, reject.decided_ns)]

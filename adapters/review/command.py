@@ -24,6 +24,7 @@ from daemon.config import Config, load_config
 from daemon.errors import UsageError
 from daemon.line.control import account
 from daemon.line.marking import DEFECT_NAME
+from daemon.line.wire import MAX_SEQ
 from daemon.types import PartKey
 
 _DAY_NS = 86_400 * 10**9
@@ -208,6 +209,8 @@ def export_marks(config_path: Path, folder: Path, product: str | None) -> None:
         print(f"{folder / name}: {count}")
     if done.gone:
         print(f"{done.gone} marked parts are not there: the recorder has given their frames up (recorder.keep_gb)")
+    if done.foreign:
+        print(f"{done.foreign} files are of parts that this ledger never had; they stay as they are")
     if not done.files:
         print("nothing is marked yet: inspectd review mark")
 
@@ -236,7 +239,7 @@ def _checked(name: str | None, word: str) -> str | None:
 def _parse_part(text: str) -> PartKey:
     camera, slash, rest = text.partition("/")
     epoch, slash_too, seq = rest.rpartition("/")
-    if not (slash and slash_too and camera and epoch and seq.isascii() and seq.isdigit()):
+    if not (slash and slash_too and camera and epoch and seq.isascii() and seq.isdigit() and int(seq) <= MAX_SEQ):
         raise UsageError(f"found part {text!r}, wanted CAMERA/EPOCH/SEQ as `inspectd review list` shows it")
     return PartKey(camera, epoch, int(seq))
 

@@ -16,6 +16,7 @@ from daemon.inspection.decode import decode_file, to_plain
 from daemon.types import Frame, PartKey
 
 _MOST_FRAME_BYTES = 256 << 20
+_BARE_PAGES = 20
 _ROWS = ("top", "", "bottom")
 _COLUMNS = ("left", "", "right")
 
@@ -113,14 +114,16 @@ class Desk(Books):
         """Rejects with their frames, newest first. Raises GoneError without a ledger."""
         found: list[Reject] = []
         marks = self.marks()
-        before = None
+        before, bare = None, 0
         while len(found) < asked.most:
             page = self.rejects(Wanted(asked.camera, "DEFECT", asked.from_ns, None, before, MOST_ROWS))
             kept = [row for row in page if row["recorded"]]
             known = (self._reject(row, marks) for row in kept)
             found += [each for each in known if each is not None and asked.product in (None, each.product)]
-            # The recorder gives up the oldest first: behind a page without a frame there is none either.
-            if len(page) < MOST_ROWS or not kept:
+            # The recorder gives up the oldest first: behind so many without a frame there is none either. Fewer may be
+            # a time in which its disk was full.
+            bare = 0 if kept else bare + 1
+            if len(page) < MOST_ROWS or bare == _BARE_PAGES:
                 break
             before = (page[-1]["decided_ns"], page[-1]["camera"], page[-1]["epoch"], page[-1]["seq"])
         return found[: asked.most]
@@ -190,19 +193,16 @@ class Desk(Books):
 
     def marks(self, keys: Iterable[PartKey] | None = None) -> dict[PartKey, Mark]:
         """What was said last of each part, `none` included."""
-        wanted = None if keys is None else set(keys)
-        newest = self._newest_marks()
-        return {key: mark for key, (mark, _) in newest.items() if wanted is None or key in wanted}
+        if keys is None:
+            return {key: mark for key, (mark, _) in self._newest_marks().items()}
+        query = "SELECT * FROM marks WHERE camera = ? AND epoch = ? AND seq = ? ORDER BY rowid DESC LIMIT 1"
+        rows = [row for key in keys for row in self._mark_rows(query, key.camera, key.epoch, key.seq)]
+        return {key: mark for key, (mark, _) in _said(rows).items()}
 
     def _newest_marks(self) -> dict[PartKey, tuple[Mark, int]]:
         # Of a group SQLite takes the bare columns from the row with the maximum.
         rows = self._mark_rows("SELECT *, max(rowid) FROM marks GROUP BY camera, epoch, seq ORDER BY max(rowid)")
-        return {
-            PartKey(row["camera"], row["epoch"], row["seq"]): (
-                Mark(row["mark"], row["name"], row["user"], row["ns"], row["decision"]), row["decided_ns"],
-            )
-            for row in rows
-        }  # fmt: skip
+        return _said(rows)
 
     def decisions(self, most: int) -> list[Decision]:
         """Newest first."""
@@ -234,6 +234,16 @@ class Desk(Books):
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'marks'").fetchone():
                 return []
             return [dict(row) for row in db.execute(query, values)]
+
+
+def _said(rows: Iterable[Mapping[str, Any]]) -> dict[PartKey, tuple[Mark, int]]:
+    """By part: its mark, and when its verdict was."""
+    return {
+        PartKey(row["camera"], row["epoch"], row["seq"]): (
+            Mark(row["mark"], row["name"], row["user"], row["ns"], row["decision"]), row["decided_ns"],
+        )
+        for row in rows
+    }  # fmt: skip
 
 
 def find_severity(facts: Mapping[str, Any]) -> Severity:

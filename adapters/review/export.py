@@ -23,6 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from adapters.dashboard.books import GoneError
 from adapters.review.desk import Desk, Reject, Standing
 from daemon.errors import DataError
 from daemon.line.marking import DEFECT_NAME
@@ -40,39 +41,75 @@ Entry = dict[str, Any]  # of marks.json: the part, and what was said of it
 
 @dataclass(frozen=True)
 class Exported:
-    """How many files lie in each folder now; `gone` are marked parts whose frame nobody has any more."""
+    """How many files lie in each folder now; `gone` are marked parts whose frame nobody has any more.
+
+    `foreign` are files of an earlier export that this ledger knows nothing of; they stay as they are.
+    """
 
     files: dict[str, int]
     gone: int
+    foreign: int
 
 
 def export(desk: Desk, product: str, folder: Path) -> Exported:
-    """Write or update the folder. Raises DataError where it is another product's, or not one of ours."""
+    """Write or update the folder. Raises DataError where it is another product's, or not one of ours.
+
+    Interrupted anywhere, it is brought up to date by the next one: the new list of files is there before any of the
+    old ones is moved or removed, and a file that was moved already is found by its name, which is its part's.
+    """
     held = _read_held(folder, product)
+    if not (folder / MARKS).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_marks(folder, product, {})
+    kept, moved, gone = _collect(desk, product, folder, held)
+    known = desk.marks()
+    # Another line's, or of before this ledger: nobody took that back.
+    foreign = {name: entry for key, (name, entry) in held.items() if key not in known}
+    kept |= foreign
+    _write_marks(folder, product, kept)
+    for name, target in moved.items():
+        if name != target:
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(folder / target)
+    for key, (name, _) in held.items():
+        if key in known and name not in moved:
+            (folder / name).unlink(missing_ok=True)  # the mark was taken back
+    _drop_empty(folder)
+    return Exported(dict(sorted(Counter(str(Path(name).parent) for name in kept).items())), gone, len(foreign))
+
+
+def _collect(
+    desk: Desk, product: str, folder: Path, held: dict[PartKey, tuple[str, Entry]]
+) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """(what marks.json will say, held files and where they belong now, how many frames are gone); brings new frames."""
     kept: dict[str, Entry] = {}
+    moved: dict[str, str] = {}
     gone = 0
     for standing in desk.standing():
-        reject, (name, part) = standing.reject, held.get(standing.key, ("", None))
-        if part is not None:
-            target = f"{place_of(standing)}/{Path(name).name}"
-            if name != target:
-                (folder / target).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).rename(folder / target)
+        reject, (name, entry) = standing.reject, held.get(standing.key, ("", None))
+        if entry is not None:
+            target, part = f"{place_of(standing)}/{Path(name).name}", {field: entry[field] for field in _PART}
+            moved[name] = target
         elif reject is not None and reject.product == product:
-            target, part = _bring(desk, standing, reject, folder), _part(reject)
+            try:
+                target, part = _bring(desk, standing, reject, folder), _part(reject)
+            except (GoneError, DataError):  # the recorder gave it up meanwhile
+                gone += 1
+                continue
         else:
             gone += reject is None and desk.product_of(standing.key.camera) == product
             continue
         mark = standing.mark
         kept[target] = {**part, "mark": mark.word, "name": mark.name, "user": mark.user, "markedNs": mark.ns}
-    for key, (name, _) in held.items():
-        if key not in {_key(entry) for entry in kept.values()}:
-            (folder / name).unlink(missing_ok=True)  # the mark was taken back
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {"version": 1, "product": product, "madeNs": time.time_ns(), "files": dict(sorted(kept.items()))}
-    (folder / MARKS).write_text(json.dumps(told, indent=1), encoding="utf-8")
-    _drop_empty(folder)
-    return Exported(dict(sorted(Counter(str(Path(name).parent) for name in kept).items())), gone)
+    return kept, moved, gone
+
+
+def _write_marks(folder: Path, product: str, files: dict[str, Entry]) -> None:
+    """Whole or not at all."""
+    told = {"version": 1, "product": product, "madeNs": time.time_ns(), "files": dict(sorted(files.items()))}
+    partial = folder / f"{MARKS}.partial"
+    partial.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    partial.replace(folder / MARKS)
 
 
 def place_of(standing: Standing) -> str:
@@ -119,16 +156,18 @@ def _read_held(folder: Path, product: str) -> dict[PartKey, tuple[str, Entry]]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         files: dict[str, Entry] = told["files"]
-        found = {_key(entry): (name, {field: entry[field] for field in _PART}) for name, entry in files.items()}
+        found = {_key(entry): (name, entry) for name, entry in files.items()}
+        incomplete = [name for name, entry in files.items() if not {*_PART} <= {*entry}]
         theirs = told["product"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read ({error!r}); name another folder") from error
     if theirs != product:
         raise DataError(f"{folder}: holds the marks of {theirs}, wanted those of {product}; name another folder")
-    strange = [name for name in files if not _OURS.fullmatch(name)]
+    strange = [name for name in files if not _OURS.fullmatch(name)] + incomplete
     if strange:
         raise DataError(f"{path}: names {strange[0]!r}, which no export writes; name another folder")
-    return {key: (name, part) for key, (name, part) in found.items() if (folder / name).is_file()}
+    there = {path.name: str(path.relative_to(folder)) for path in folder.glob("t*/*/*") if path.is_file()}
+    return {key: (there[Path(name).name], entry) for key, (name, entry) in found.items() if Path(name).name in there}
 
 
 def _key(entry: Entry) -> PartKey:

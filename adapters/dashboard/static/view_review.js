@@ -27,9 +27,10 @@ export function open(root, app) {
   async function refresh() {
     const turn = ++turns
     try {
-      const answer = await ask("review", { mark: mark.value, camera: camera.value })
+      const of = camera.value
+      const answer = await ask("review", { mark: mark.value, camera: of })
       if (turn !== turns) return // another question was asked meanwhile
-      known = answer
+      known = { ...answer, camera: of } // a click is about what is shown, not about what the form says by then
       draw()
     } catch (error) {
       note.textContent = error.message
@@ -59,10 +60,10 @@ export function open(root, app) {
   const tools = {
     async group(group, word) {
       const count = word === "none" ? group.total - (group.marked.open ?? 0) : group.marked.open
-      const where = camera.value ? `group ${group.number}, camera ${camera.value}` : `group ${group.number}`
+      const where = known.camera ? `group ${group.number}, camera ${known.camera}` : `group ${group.number}`
       const name = await said(word, `${many(count)} of ${where}`)
       if (name == null) return
-      const fields = { mark: word, group: group.number, madeNs: known.madeNs, ...(camera.value && { camera: camera.value }), ...(name && { name }) }
+      const fields = { mark: word, group: group.number, madeNs: known.madeNs, ...(known.camera && { camera: known.camera }), ...(name && { name }) }
       await tell("mark", fields, `of ${where}: ${word} ${name}`.trim())
     },
     async part(part, word) {
