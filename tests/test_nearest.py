@@ -168,6 +168,23 @@ def test_no_near_row_is_ruled_out_by_rounding(form: str, scale: float, offset: f
 
 
 @each_form
+def test_slack_is_what_keeps_the_nearest_row(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few dimensions in many channels: the bound is the product itself, and only the slack is between it and a miss."""
+    rng = np.random.default_rng(6)
+    one = rng.normal(size=(1500, 40))
+    pairs = np.concatenate([one, one + 0.005 * rng.normal(size=one.shape)])
+    core = (pairs @ np.linalg.qr(rng.normal(size=(512, 40)))[0].T).astype(np.float32)
+    queries = (core[:1500] + np.float32(0.495) * (core[1500:] - core[:1500])).astype(np.float32)
+    exact = np.stack([np.square(queries.astype(float) - half).sum(1) for half in (core[:1500], core[1500:])])
+    assert (exact[0] < exact[1]).all()
+    rows, _ = prune(core, queries, form).find()
+    assert np.array_equal(rows, np.arange(1500))
+    monkeypatch.setattr(pruned, "_UNIT", 0.0)
+    monkeypatch.setattr(pruned, "_BF16_PAIR", 0.0)
+    assert not np.array_equal(prune(core, queries, form).find()[0], np.arange(1500))
+
+
+@each_form
 def test_bank_that_lies_in_one_point_or_on_a_line_is_searched(form: str) -> None:
     for core in (np.full((60, 152), 3.0), np.outer(np.arange(60), np.ones(152))):
         bank = {"core": core.astype(np.float32)}

@@ -41,7 +41,8 @@ static inline __attribute__((always_inline)) void finish(struct patch *patch, co
     const float reach = sqrtf(length_sq) + bank->longest;
     float left_sq = length_sq;
     for (int32_t k = 0; k < AXES; k++) left_sq -= projected[k] * projected[k];
-    projected[AXES] = sqrtf((left_sq > 0 ? left_sq : 0) + bank->slack * length_sq);
+    /* Each coordinate may be off by C roundings of |q|, all of them by sqrt(K) times that, and it counts twice here. */
+    projected[AXES] = sqrtf((left_sq > 0 ? left_sq : 0) + 7 * bank->slack * length_sq);
     patch->threshold = 0.5f * length_sq - bank->slack * reach * reach - 1e-35f; /* what AMX flushes to 0 */
 }
 
