@@ -82,6 +82,20 @@ def test_a_viewer_sees_the_groups_and_is_offered_no_mark(page, shown):
     expect(page.get_by_role("dialog").locator(".verdict")).to_have_text("REJECTDEFECT")
 
 
+def test_a_click_is_about_what_is_shown_and_not_about_a_filter_that_was_turned_since(page, shown):
+    review(page, "rita")
+    camera = page.get_by_label("Camera")
+    camera.select_option("cam1")
+    before = page.locator("[data-group='2']").element_handle()
+    page.get_by_role("button", name="Show").click()
+    page.wait_for_function("card => !card.isConnected", arg=before)
+    camera.select_option("")
+    page.locator("[data-group='2']").get_by_role("button", name=f"All {LINES} open: defects").click()
+    question = page.get_by_role("dialog")
+    expect(question).to_contain_text("of group 2, camera cam1")
+    question.get_by_role("button", name="No").click()
+
+
 def test_a_group_is_marked_with_one_question_and_undone(page, shown):
     review(page, "rita")
     group = page.locator("[data-group='2']")
