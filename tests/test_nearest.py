@@ -237,6 +237,12 @@ def test_amx_leaves_the_matrix_unit_as_it_found_it(tmp_path: Path) -> None:
     assert after.raw == theirs
 
 
+def test_a_small_bank_does_without_the_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for forms, few, many in ((pruned.FORMS, "avx512", "amx"), (pruned.FORMS[:1], "portable", "portable")):
+        monkeypatch.setattr(pruned, "forms_here", lambda _, forms=forms: forms)
+        assert [pruned.choose_form(library(), rows) for rows in (500, 4000)] == [few, many]
+
+
 def test_without_a_usable_compiled_search_there_is_none_to_load(tmp_path: Path, caplog: Any) -> None:
     assert pruned.load_library(tmp_path) is None
     (tmp_path / f"_nearest{pruned.EXTENSION_SUFFIXES[0]}").write_bytes(b"for another machine")

@@ -29,6 +29,7 @@ FORMS = ("portable", "avx2", "avx512", "amx")  # as in nearest_cpu.c
 _AXES, _BLOCK, _MOST_TILE, _SKEW = 48, 48, 32, 16  # as in nearest_cpu.h
 _WIDEST = 8  # patches at a time whose bounds are kept
 _PADDED = 96  # rows: whole blocks, and AMX's 32
+_FEWEST_BY_AMX = 1500  # rows
 _STEP, _SIDE, _DEPTH = 32, 16, 160  # as in nearest_amx.c
 _UNIT, _BF16_PAIR = 2.0**-24, 2.0**-16
 _NOWHERE = -3e38  # a bias that no bound can lift
@@ -69,6 +70,12 @@ def forms_here(library: ctypes.CDLL) -> tuple[str, ...]:
     return FORMS[: library.inspectd_nearest_forms()]
 
 
+def choose_form(library: ctypes.CDLL, rows: int) -> str:
+    """The fastest for a bank of so many rows: docs/performance.md."""
+    *others, best = forms_here(library)
+    return others[-1] if best == "amx" and rows < _FEWEST_BY_AMX else best
+
+
 class PrunedRows:
     """Searches `bank` for the features (P C) in `source`, which are read in place; on so many threads."""
 
@@ -77,7 +84,7 @@ class PrunedRows:
     ) -> None:
         core = np.ascontiguousarray(bank["core"], np.float32)
         patches, channels = source.shape
-        self.form = form or forms_here(library)[-1]
+        self.form = form or choose_form(library, len(core))
         self._library, self._tensor = library, source
         self._source: FloatArray = source.data
         assert self._source.flags.c_contiguous
