@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from adapters.line import Line, disagreements
+from adapters.review.marks import Said, send_marks
+from daemon.errors import UsageError
+from daemon.types import PartKey
 from tests.daemons import Site, make_site
 from tests.lines import assert_books_balance, pump_until, stream
 
+PART = PartKey("cam1", "e", 0)
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
@@ -52,6 +56,9 @@ def test_line_goes_on_over_a_full_disk_and_the_books_are_whole_when_there_is_roo
         assert pump_until(line, lambda: line.lease.degraded == "JOURNAL", 5)
         assert "File too large" in site.status()["journalFault"]
         assert site.status()["state"] == "RUNNING"
+        # A mark is somebody's word: it is not taken where it could be lost.
+        with pytest.raises(UsageError, match="found books that cannot be written"):
+            send_marks(site.control, Said("good", None, "anna"), [(PART, 1)])
         assert {part.results[0]["outcome"] for part in line.parts.values()} == {"PASS"}
         assert len(set(verdicts(site))) < 60
         limit_files(site, resource.RLIM_INFINITY)
