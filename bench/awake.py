@@ -23,8 +23,8 @@ while os.getppid() == parent:
 def kept_awake() -> Iterator[None]:
     """A loop on each core that anything else may interrupt at once (SCHED_IDLE).
 
-    A virtual machine's core that rests is handed to others, and is back only when their turn is over: tens of
-    milliseconds that neither the program nor its machine can do anything about. A core that is never at rest keeps
+    A virtual machine's core that rests is handed to others, and is back only when their turn is over, about
+    which neither the program nor its machine can do anything. A core that is never at rest keeps
     its own turn. A line's own box does it with the kernel's `idle=poll`, or by not being a shared one.
     """
     loops = [

@@ -113,7 +113,7 @@ def time_search(core: FloatArray, queries: list[FloatArray], rounds: int, thread
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     forms: dict[str, nearest.NearestRows | PrunedRows | OneProduct] = {}
     if library := load_library():
-        for form in forms_here(library)[:1:-1]:
+        for form in forms_here(library)[:-3:-1]:
             forms[f"f32, pruned, {form}"] = PrunedRows(library, bank, source, threads, form)
     forms["f32"] = nearest.NearestRows(bank, source, {**options, "INFERENCE_PRECISION_HINT": "f32"})
     if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

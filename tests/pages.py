@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from daemon.errors import ConfigError
 from tests.daemons import ROOT
 
 PASSWORD = "four words in a row"
@@ -199,7 +200,7 @@ class Walk:
             self._staying[name].process.send_signal(signal.SIGINT)
         codes = {name: staying.process.wait(60) for name, staying in self._staying.items()}
         replaced = {name for name, each in self._staying.items() if "another sender speaks as" in each.log.read_text()}
-        codes = {name: code for name, code in codes.items() if code != 78 or name not in replaced}
+        codes = {name: code for name, code in codes.items() if code != ConfigError.exit_code or name not in replaced}
         logs = "".join(self._staying[name].log.read_text() for name, code in codes.items() if code)
         self._staying.clear()
         assert set(codes.values()) <= {0}, f"{codes}\n{logs}"

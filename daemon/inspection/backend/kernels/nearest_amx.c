@@ -1,4 +1,4 @@
-/* The bounds of nearest_cpu.c by AMX, Intel's matrix unit: it multiplies bf16 sixteen times as fast as vectors do f32.
+/* The bounds of nearest_cpu.c by AMX, Intel's matrix unit: it multiplies bf16 many times as fast as vectors do f32.
  *
  * Each number x is the sum of two bf16 numbers, h the nearest to x and l the nearest to x - h, and what is left is at
  * most 2^-16 |x|. Of a product, h h' + h l' + l h' is summed in float32; what that leaves out is at most 3 * 2^-16 of
