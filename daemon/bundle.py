@@ -35,7 +35,9 @@ _MAX_FILE_BYTES = 4 << 30
 
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
-Side = Annotated[int, Field(ge=32, le=8192, multiple_of=32)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
+Side = Annotated[int, Field(ge=32, le=8192)]
+_STRIDE = 32  # of our own networks: what their inputs are multiples of
 
 
 class _Strict(BaseModel):
@@ -66,7 +68,7 @@ class Standardisation(_Strict):
 class Fusion(_Strict):
     weights: dict[str, Finite]
     standardisation: dict[str, Standardisation]
-    smoothingSigma: Positive  # pixels of the network's input
+    smoothingSigma: NotNegative  # pixels of the network's input; 0: the map is as smooth as it shall be
 
 
 class Product(_Strict):
@@ -101,18 +103,18 @@ class Golden(_Strict):
 
 class Manifest(_Strict):
     format: Literal[1]
-    kind: Literal["fused"]
+    kind: Literal["fused", "crr", "foreign"]
     name: str
     version: str
     created: str
     preprocessing: Preprocessing
-    branches: Annotated[list[Literal["ldknn", "repair"]], Field(min_length=1, max_length=2)]
+    branches: Annotated[list[Literal["ldknn", "repair", "map"]], Field(min_length=1, max_length=2)]
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     k: Annotated[int, Field(ge=1)]
     alpha: Finite
     distance: Literal["squared-l2"]
     fusion: Fusion
-    scoreRule: Literal["max"]
+    scoreRule: Literal["max", "top1pct"]
     products: Annotated[dict[str, Product], Field(min_length=1)]
     metrics: dict[str, Any]
     training: dict[str, Any]
@@ -130,12 +132,19 @@ class Manifest(_Strict):
         for branch in self.branches:
             if branch not in self.fusion.weights or branch not in self.fusion.standardisation:
                 problems.append(f"fusion: nothing for the branch {branch}")
+        # A network that gives the map itself is the whole engine: there is nothing beside it that it could join.
+        is_map = self.branches == ["map"]
+        if is_map == (self.kind == "fused") or (not is_map and "map" in self.branches):
+            wanted = "ldknn, repair or both" if self.kind == "fused" else "map alone"
+            problems.append(f"branches: found {', '.join(self.branches)}, kind {self.kind} wants {wanted}")
+        if self.kind == "fused" and any(side % _STRIDE for side in self.preprocessing.size):
+            problems.append(f"preprocessing.size: kind fused wants multiples of {_STRIDE}")
         strangers = {frame.product for frame in self.golden.frames} - set(self.products)
         problems += [f"golden: no such product {name!r}" for name in sorted(strangers)]
         for name, product in self.products.items():
-            # Else a part could be a DEFECT without a region, or carry a region and pass.
+            # Else a part could be a DEFECT without a region: no mean of pixels is above their maximum.
             if product.limit != product.mapLimit:
-                problems.append(f"products.{name}: with scoreRule max the limit and the mapLimit are one")
+                problems.append(f"products.{name}: the limit and the mapLimit are one")
             if product.limit <= product.medianGood:
                 problems.append(f"products.{name}: the limit is not above the median good score")
         if problems:

@@ -254,10 +254,10 @@ def rollback(config_path: Path, name: str | None, wait_s: float, offline: bool) 
 
     config = load_config(config_path)
     if offline:
-        products = sorted({camera.product for camera in config.cameras.values()})
-        if name is None and len(products) != 1:
-            raise UsageError(f"found no engine named, wanted one of {', '.join(products)}: inspectd rollback NAME")
-        name = name or products[0]
+        names = sorted(set(config.engine_names().values()))
+        if name is None and len(names) != 1:
+            raise UsageError(f"found no engine named, wanted one of {', '.join(names)}: inspectd rollback NAME")
+        name = name or names[0]
         _activate_offline(config, name, previous_version(config.engines.dir, name))
     else:
         _swap(config, "rollback", wait_s, engine=name)

@@ -66,7 +66,7 @@ class Security(Section):
 
 
 class Engines(Section):
-    dir: Annotated[Path, told("<dir>/<product>/current is the engine that runs")] = Path("engines")
+    dir: Annotated[Path, told("<dir>/<product or camera's engine>/current is the engine that runs")] = Path("engines")
 
 
 class Backend(Section):
@@ -85,7 +85,11 @@ class Backend(Section):
 
 
 class Camera(Section):
-    product: Annotated[Name, told("whose engine judges, unless a frame names another")]
+    product: Annotated[Name, told("what is judged, unless a frame names another")]
+    engine: Annotated[
+        Name | None,
+        told("the engine that knows the product, where it has not the product's name: one for many products"),
+    ] = None
     mode: Annotated[
         Literal["every-frame", "latest"],
         told("every-frame: beyond queue_mb a frame is OVERLOAD; latest: the newest overtakes"),
@@ -132,6 +136,10 @@ class Config(Section):
     recorder: Annotated[Recorder | None, told("Frames of DEFECT, BAD_FRAME and ENGINE_ERROR. null: none are kept")] = (
         Recorder()
     )
+
+    def engine_names(self) -> dict[str, str]:
+        """By product of the cameras, the folder of its engine below engines.dir."""
+        return {camera.product: camera.engine or camera.product for camera in self.cameras.values()}
 
     def endpoints(self) -> list[tuple[str, Endpoint]]:
         """Every socket but control (ipc only), with its path in the file."""
@@ -195,7 +203,8 @@ def _faults_of_the_whole(data: dict[Any, Any]) -> list[str]:
         if bind in first_at:
             problems.append(f"{path}: {bind} is bound by {first_at[bind]} already")
         first_at.setdefault(bind, path)
-    return problems + _faults_of_cameras(sockets, data.get("cameras"))
+    cameras = data.get("cameras")
+    return problems + _faults_of_cameras(sockets, cameras) + _faults_of_engines(cameras)
 
 
 def _faults_of_cameras(sockets: dict[str, dict[Any, Any]], cameras: Any) -> list[str]:
@@ -210,6 +219,21 @@ def _faults_of_cameras(sockets: dict[str, dict[Any, Any]], cameras: Any) -> list
         if camera in first_at:
             problems.append(f"{path}.camera: {camera} has its frames from {first_at[camera]} already")
         first_at.setdefault(camera, path)
+    return problems
+
+
+def _faults_of_engines(cameras: Any) -> list[str]:
+    """A product has one engine, whichever camera sees it."""
+    problems, first_at = [], dict[str, tuple[str, str]]()
+    for name, camera in cameras.items() if isinstance(cameras, dict) else ():
+        product, engine = (camera.get("product"), camera.get("engine")) if isinstance(camera, dict) else (None, None)
+        if not isinstance(product, str) or not isinstance(engine, str | None):
+            continue
+        first, judged = first_at.setdefault(product, (str(name), engine or product))
+        if judged != (engine or product):
+            problems.append(
+                f"cameras.{name}.engine: {product} is judged by {judged} at cameras.{first}, wanted one engine for it"
+            )
     return problems
 
 

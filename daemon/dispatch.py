@@ -94,6 +94,11 @@ class Dispatcher:
         self._frames: dict[PartKey, tuple[RawFrame, str]] = {}  # at an engine, with its product
         self._newest: dict[str, PartKey] = {}  # by camera in mode `latest`: the one that waits
 
+    @property
+    def products(self) -> set[str]:
+        """Those that cameras name in the configuration."""
+        return {camera.product for camera in self._config.cameras.values()}
+
     # -- frames in ---------------------------------------------------------------------------------
 
     def on_frame(self, part: FramePart, owner: str) -> Answer:

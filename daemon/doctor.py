@@ -203,16 +203,16 @@ def _asks_for_keys(config: Config) -> bool:
 
 def _engines(config: Config) -> Iterator[Finding]:
     trusted = load_trusted(config.security.keys / "trusted.yaml")
-    for product in sorted({camera.product for camera in config.cameras.values()}):
-        bundle = open_bundle(current_bundle(config.engines.dir, product), trusted)
+    for name in sorted(set(config.engine_names().values())):
+        bundle = open_bundle(current_bundle(config.engines.dir, name), trusted)
         backend = open_backend(bundle, config.backend.kind, config.backend.precision, config.backend.threads)
         share = check_golden(Pipeline(bundle, backend))
         told = (
             f"signature and files good, golden frames at {100 * share:.0f} % of their tolerance in {backend.precision}"
         )
-        yield Finding("ok", f"engine {product}: version {bundle.manifest.version}, {told}")
+        yield Finding("ok", f"engine {name}: version {bundle.manifest.version}, {told}")
         if config.backend.kind == "auto" and backend.name == "cpu" and nvidia_gpus() and (reason := why_not(bundle)):
-            yield Finding("WARN", f"engine {product}: the processor judges, not the GPU: {reason}")
+            yield Finding("WARN", f"engine {name}: the processor judges, not the GPU: {reason}")
 
 
 def _ports(config: Config) -> Iterator[Finding]:

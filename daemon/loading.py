@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from daemon.bundle import Bundle, current_bundle, open_bundle
@@ -23,19 +24,31 @@ log = logging.getLogger("inspectd.loading")
 
 
 def open_engines(config: Config, metrics: Metrics, report: Callable[[Done], None]) -> dict[str, Engine]:
-    """The engine of every configured product, by product, not yet started.
+    """The engine of every product that the cameras name or their engines know, by product, not yet started.
 
     Raises BundleError, ConfigError or DeviceError: a daemon never starts half configured.
     """
-    engines: dict[str, Engine] = {}
-    for product in sorted({camera.product for camera in config.cameras.values()}):
-        pipeline = open_engine(config, current_bundle(config.engines.dir, product))
-        known = pipeline.bundle.manifest.products
-        if product not in known:
-            raise ConfigError("cameras", [f"product {product!r}: its engine knows only {', '.join(known)}"])
+    wanted = config.engine_names()
+    opened: dict[str, Engine] = {}
+    for name in sorted(set(wanted.values())):
+        pipeline = open_engine(config, current_bundle(config.engines.dir, name))
+        opened[name] = Engine(pipeline, report)
         tell_engine(metrics, pipeline.bundle)
-        engines.update(dict.fromkeys(known, Engine(pipeline, report)))
+    engines = {}
+    for product, name in wanted.items():
+        known = opened[name].pipeline.bundle.manifest.products
+        if product not in known:
+            raise ConfigError("cameras", [f"product {product!r}: its engine {name} knows only {', '.join(known)}"])
+        engines[product] = opened[name]
+    # What a frame may name beside: of a product that several engines know, nobody has said whose it is.
+    for product, count in Counter(each for engine in opened.values() for each in _known(engine)).items():
+        if product not in engines and count == 1:
+            engines[product] = next(engine for engine in opened.values() if product in _known(engine))
     return engines
+
+
+def _known(engine: Engine) -> Iterable[str]:
+    return engine.pipeline.bundle.manifest.products
 
 
 def open_engine(config: Config, folder: Path) -> Pipeline:

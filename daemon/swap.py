@@ -155,7 +155,8 @@ class Swapper:
             self._take_over(swap)
 
     def _look_over(self, swap: _Swap, new: Engine) -> None:
-        unknown = set(swap.products) - set(new.pipeline.bundle.manifest.products)
+        # One that only frames name, and no camera, may go: else no rollback could undo a product that was added.
+        unknown = (self._dispatcher.products & set(swap.products)) - set(new.pipeline.bundle.manifest.products)
         if unknown:
             swap.error = f"it does not know the product {', '.join(sorted(unknown))}, which is inspected here"
             return
@@ -180,12 +181,18 @@ class Swapper:
             return
         swap.stage = "WATCHING"
         swap.took_over_ns, swap.ear.is_live = monotonic_ns(), True  # before its first frame
+        gained = set(swap.new.pipeline.bundle.manifest.products) - self._dispatcher.engines.keys()
+        swap.products += sorted(gained)
         self._replace(swap.old, swap.new, swap.products)
         log.info("swap engine=%s/%s stage=watching", swap.name, swap.version)
         self._answer(swap, {"ok": True, "watched": WATCHED, **self._facts(swap)})
 
     def _replace(self, old: Engine, new: Engine, products: list[str]) -> None:
-        self._dispatcher.replace(products, new)
+        known = new.pipeline.bundle.manifest.products
+        self._dispatcher.replace([product for product in products if product in known], new)
+        for lost in set(products) - set(known):  # no camera's own: a frame that names it is NOT_READY again
+            log.warning("engine=%s does not know product=%s", new.pipeline.bundle.folder.name, lost)
+            self._dispatcher.engines.pop(lost, None)
         forget_engine(self._metrics, old.pipeline.bundle)
         tell_engine(self._metrics, new.pipeline.bundle)
         self.changed = True

@@ -92,15 +92,12 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Repaired:
-    """The repair branch's scores, (P,): how far each patch is from its repaired self; not negative."""
-
-    values: FloatArray
-
-
-@dataclass(frozen=True)
 class PatchScores:
-    """LDKNN scores, (P,): squared distance minus alpha * density. They may be negative."""
+    """A branch's score of each patch, (P,), row by row; it may be negative.
+
+    ldknn: squared distance minus alpha * density. repair: how far a patch is from its repaired self, squared. map: what
+    the engine's network says by itself.
+    """
 
     values: FloatArray
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from daemon.cli import main
 from daemon.inspection.backend.cpu import CpuBackend
-from daemon.types import Frame, PatchScores, Repaired, Tensor
+from daemon.types import Frame, PatchScores, Tensor
 
 SLOW, THROW, NOT_A_NUMBER, HANG = 1, 2, 3, 4
 SLOW_S = 0.8
@@ -26,17 +26,17 @@ class FaultyBackend(CpuBackend):
         self._order = int(frame.pixels[0, 0, 0])
         return super().preprocess(frame)
 
-    def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
+    def infer(self, tensor: Tensor) -> dict[str, PatchScores]:
         if self._order == SLOW:
             time.sleep(SLOW_S)
         elif self._order == HANG:
             time.sleep(3600)
         elif self._order == THROW:
             raise RuntimeError("the frame ordered an error")
-        repaired, patches = super().infer(tensor)
-        if self._order == NOT_A_NUMBER and patches is not None:
-            patches.values[-1] = np.nan  # one of them is enough
-        return repaired, patches
+        outputs = super().infer(tensor)
+        if self._order == NOT_A_NUMBER:
+            outputs["ldknn"].values[-1] = np.nan  # one of them is enough
+        return outputs
 
 
 if __name__ == "__main__":

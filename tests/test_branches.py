@@ -259,8 +259,9 @@ def test_repair_alone_needs_no_bank(tmp_path):
     assert BANK not in bundle.manifest.files
     assert CALIBRATION in bundle.manifest.files
     backend = open_backend(bundle, "cpu", "f32", 1)
-    repaired, nearest = backend.infer(backend.preprocess(Frame(bundles.bad_pixels())))
-    assert nearest is None
+    outputs = backend.infer(backend.preprocess(Frame(bundles.bad_pixels())))
+    assert list(outputs) == ["repair"]
+    repaired = outputs["repair"]
     assert repaired.values.shape == (64,)
     assert repaired.values.min() >= 0
     backend.close()

@@ -467,8 +467,7 @@ def test_patch_scores_are_the_reference_of_the_same_winner(awkward: CpuBackend, 
     densities = reference.density(core, 3).astype(np.float32)
     tensor = awkward_queries_tensor()
     queries, winner = taps(awkward, tensor)
-    _, patches = awkward.infer(tensor)
-    assert patches is not None
+    patches = awkward.infer(tensor)["ldknn"]
     distance = reference.distances_sq(queries, core)[np.arange(P), winner]
     penalty = 0.4 * densities.astype(float)[winner]
     error = np.abs(patches.values - (distance - penalty))
@@ -482,8 +481,7 @@ def test_patch_scores_are_the_reference_of_the_same_winner(awkward: CpuBackend, 
 def test_rows_of_the_bank_themselves_score_minus_alpha_times_their_density(awkward: CpuBackend) -> None:
     # Never clipped: the score of a known patch is negative. Duplicates have the same density, so a tie is harmless.
     densities = reference.density(awkward_core(), 3).astype(np.float32)
-    _, patches = awkward.infer(awkward_queries_tensor())
-    assert patches is not None
+    patches = awkward.infer(awkward_queries_tensor())["ldknn"]
     ordinary = [row for row in range(40) if row not in (3, 20, 21, 30, 31)]
     assert np.array_equal(patches.values[ordinary], -(np.float32(0.4) * densities[ordinary]))
     assert (patches.values[ordinary] < 0).all()
@@ -511,7 +509,7 @@ def test_map_and_score_are_the_reference_within_the_rounding_of_two_products(
         scores[P // 2] = 1e6
     manifest = open_trusted(made / "awkward", made / "keys").manifest
     standard = manifest.fusion.standardisation["ldknn"]
-    found = awkward.postprocess((None, PatchScores(scores)), (480, 640))
+    found = awkward.postprocess({"ldknn": PatchScores(scores)}, (480, 640))
     grid = (scores.astype(float).reshape(GRID) - standard.centre) / standard.scale
     expected = reference.gaussian_smooth(reference.upsample_bilinear(grid, SIZE), manifest.fusion.smoothingSigma)
     largest = (np.abs(scores).max() + abs(standard.centre)) / standard.scale
@@ -795,11 +793,9 @@ def test_scores_that_are_no_numbers_are_an_engine_error(pipeline: Pipeline, monk
     infer = pipeline.backend.infer
 
     def one_nan(tensor: Tensor) -> Any:
-        _, patches = infer(tensor)
-        assert patches is not None
-        values = patches.values.copy()
+        values = infer(tensor)["ldknn"].values.copy()
         values[5] = np.nan
-        return None, PatchScores(values)
+        return {"ldknn": PatchScores(values)}
 
     monkeypatch.setattr(pipeline.backend, "infer", one_nan)
     assert pipeline.inspect(raw_frame(good_pixels()), "part").reason is Reason.ENGINE_ERROR

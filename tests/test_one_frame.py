@@ -37,13 +37,13 @@ def test_one_frame_becomes_each_type_in_turn_and_ends_as_a_message(tmp_path):
     assert np.abs(tensor.values - wanted).max() <= 0.51 / min(STD)  # OpenCV rounds a resized pixel to an integer
 
     outputs = backend.infer(tensor)
-    assert outputs[0] is None
-    assert isinstance(outputs[1], PatchScores)
+    assert list(outputs) == ["ldknn"]
+    assert isinstance(outputs["ldknn"], PatchScores)
     bank = load_bank(pipeline.bundle)
     assert BANK in manifest.files
     features = reference.patch_convolution(np.asarray(tensor.values, np.float64), random_weights())
     scores, _ = reference.ldknn(features, bank["core"], bank["density"], manifest.alpha)
-    assert np.allclose(outputs[1].values, scores, rtol=1e-4, atol=1e-3)
+    assert np.allclose(outputs["ldknn"].values, scores, rtol=1e-4, atol=1e-3)
 
     anomaly = backend.postprocess(outputs, (128, 128))
     assert isinstance(anomaly, AnomalyMap)

@@ -202,9 +202,8 @@ def _branch_maps(
     sampled = SampledMap(draft.preprocessing.size, draft.grid, pipeline.bundle.manifest.fusion.smoothingSigma)
     maps: dict[str, list[FloatArray]] = {"repair": [], "ldknn": []}
     for pixels in spoilt.pictures:
-        outputs = backend.infer(backend.preprocess(Frame(pixels)))
-        for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
+        for branch, output in backend.infer(backend.preprocess(Frame(pixels))).items():
             standard = draft.standardisation[branch]
-            scores = (output.values - standard.centre) / standard.scale  # type: ignore[union-attr]
+            scores = (output.values - standard.centre) / standard.scale
             maps[branch].append(sampled.sample(scores.astype(np.float32)))
     return {branch: np.stack(values) for branch, values in maps.items()}, sampled.truth(spoilt)

@@ -208,10 +208,8 @@ def find_scale(options: Options, site: Site, splits: Splits, draft: Draft) -> Dr
     backend = cpu_backend(open_draft(options, site, draft))
     scores: dict[str, list[FloatArray]] = {branch: [] for branch in draft.branches}
     for picture in track(splits.select, "patch scores of the select images"):
-        outputs = backend.infer(backend.preprocess(dataset.read_frame(picture.path)))
-        for branch, output in zip(("repair", "ldknn"), outputs, strict=True):
-            if output is not None:
-                scores[branch].append(output.values.copy())
+        for branch, output in backend.infer(backend.preprocess(dataset.read_frame(picture.path))).items():
+            scores[branch].append(output.values.copy())
     backend.close()
     found = {branch: calibrate.standardise(np.stack(values)) for branch, values in scores.items()}
     return replace(draft, standardisation=found)

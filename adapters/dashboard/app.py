@@ -235,7 +235,9 @@ class Dashboard:
         return JSONResponse(await self._read(lambda: self._histogram(name, camera.product)))
 
     def _histogram(self, camera: str, product: str) -> dict[str, Any]:
-        folder = current_bundle(self._place.config.engines.dir, product)
+        config = self._place.config
+        engine = config.engine_names()[product]
+        folder = current_bundle(config.engines.dir, engine)
         try:
             manifest, digest = read_manifest(folder)
             calibration = calibration_scores(folder, manifest, product)
@@ -246,11 +248,11 @@ class Dashboard:
             scores = self._books.scores(camera, digest, since_ns, _MOST_SCORES)
         except GoneError:
             scores = []  # no part was judged yet
-        known = {"camera": camera, "engine": f"{product}/{manifest.version}"}
+        known = {"camera": camera, "engine": f"{engine}/{manifest.version}"}
         return {**known, **histogram(scores, calibration, manifest.products[product].limit)}
 
     async def _engines(self, _request: Request, _session: Session) -> Response:
-        names = sorted({camera.product for camera in self._place.config.cameras.values()})
+        names = sorted(set(self._place.config.engine_names().values()))
         rows = await self._read(lambda: list_engines(self._place.config.engines.dir, names))
         return JSONResponse({"engines": rows})
 

@@ -85,9 +85,8 @@ def _mask(desk: Desk, reject: Reject) -> ByteArray | None:
 def _open_look(config: Config, product: str, tell: Tell) -> Iterator[Look]:
     """The engine at work for the product; its network looks better than we do by ourselves."""
     try:
-        bundle = open_bundle(
-            current_bundle(config.engines.dir, product), load_trusted(config.security.keys / "trusted.yaml")
-        )
+        folder = current_bundle(config.engines.dir, config.engine_names().get(product, product))
+        bundle = open_bundle(folder, load_trusted(config.security.keys / "trusted.yaml"))
         if "ldknn" not in bundle.manifest.branches:
             raise DataError(f"{bundle.folder}: its engine has no memory bank")
         look = EngineLook(bundle)

@@ -28,8 +28,12 @@ def load_bank(bundle: Bundle) -> dict[str, FloatArray]:
 
 
 def check_outputs(bundle: Bundle, found: list[tuple[int, ...]]) -> None:
-    """The network's output shapes: `features` (P C), then `repair` (P) where there is that branch. BundleError."""
+    """The output shapes: `map` (P) alone, or `features` (P C) and, with that branch, `repair` (P). BundleError."""
     patches = bundle.manifest.grid[0] * bundle.manifest.grid[1]
+    if "map" in bundle.manifest.branches:
+        if found != [(patches,)]:
+            raise BundleError(f"{bundle.folder / NETWORKS}: found outputs {found}, wanted ({patches},)")
+        return
     wanted: list[tuple[int, ...]] = [(patches,)] if "repair" in bundle.manifest.branches else []
     if not found or len(found[0]) != 2 or found[0][0] != patches or found[1:] != wanted:
         others = "".join(f" and {shape}" for shape in wanted)

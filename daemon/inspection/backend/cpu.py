@@ -6,6 +6,7 @@ alone: a network in bf16 shifts every feature and does not reproduce the golden 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter_ns
 from typing import Any
 
@@ -17,10 +18,10 @@ from daemon.errors import DeviceError
 from daemon.inspection.backend.nearest import NearestRows, Rows, openvino_core
 from daemon.inspection.backend.pruned import PrunedRows, load_library
 from daemon.inspection.backend.resize import Resizer
-from daemon.inspection.backend.tables import branch_scaling, smoothing_operator
+from daemon.inspection.backend.tables import branch_scaling, score_of, smoothing_operator
 from daemon.inspection.decode import to_plain
 from daemon.inspection.tensors import check_outputs, load_bank
-from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, Repaired, Tensor, Timings
+from daemon.types import AnomalyMap, FloatArray, Frame, PatchScores, Tensor, Timings
 
 
 class CpuBackend:
@@ -35,6 +36,7 @@ class CpuBackend:
         manifest = bundle.manifest
         self._preprocessing = manifest.preprocessing
         self._grid = manifest.grid
+        self._score_rule = manifest.scoreRule
         self._resizer = Resizer(*manifest.preprocessing.size)
         self._input = np.empty((1, 3, *manifest.preprocessing.size), np.float32)
         self._branches = {branch: branch_scaling(manifest.fusion, branch) for branch in manifest.branches}
@@ -65,7 +67,7 @@ class CpuBackend:
         return Tensor(normalise(frame, self._preprocessing, self._resizer, self._input))
 
     def features(self, tensor: Tensor) -> FloatArray:
-        """Tap: the patch features (P C). The array is the network's own buffer, good until the next call."""
+        """Tap: the patch features (P C), of a map engine its map (P,). The array is the network's own buffer, good until the next call."""
         try:
             self._network.infer([tensor.values], share_inputs=True)
         except RuntimeError as error:
@@ -78,31 +80,28 @@ class CpuBackend:
         assert self._search is not None
         return self._search.find()
 
-    def infer(self, tensor: Tensor) -> tuple[Repaired | None, PatchScores | None]:
-        """The branches' raw outputs; None for a branch that the bundle does not have."""
-        self.features(tensor)
-        repaired = None
+    def infer(self, tensor: Tensor) -> dict[str, PatchScores]:
+        """What each branch of the bundle says of the patches, by its name."""
+        first = self.features(tensor)
+        if "map" in self._branches:
+            return {"map": PatchScores(first)}
+        found = {}
         if "repair" in self._branches:
-            repaired = Repaired(self._network.get_output_tensor(1).data)
-        if self._search is None:
-            return repaired, None
-        rows, distance_sq = self._search.find()
-        # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
-        return repaired, PatchScores(distance_sq - self._alpha_density[rows])
+            found["repair"] = PatchScores(self._network.get_output_tensor(1).data)
+        if self._search is not None:
+            rows, distance_sq = self._search.find()
+            # LDKNN (REB, Lyu et al. 2023, eq. 4): the winner is the plain nearest row, the correction comes after.
+            found["ldknn"] = PatchScores(distance_sq - self._alpha_density[rows])
+        return found
 
-    def postprocess(self, outputs: tuple[Repaired | None, PatchScores | None], frame_hw: tuple[int, int]) -> AnomalyMap:
-        """Standardise, combine, upsample and smooth to (h w); the score is the map's maximum."""
+    def postprocess(self, outputs: Mapping[str, PatchScores], frame_hw: tuple[int, int]) -> AnomalyMap:
+        """Standardise, combine, upsample and smooth to (h w); the score by the manifest's rule."""
         # Upsampling and smoothing are linear: the branches are combined first, on the small grid.
         grid = np.zeros(self._grid, np.float32)
-        for branch, scores in zip(("repair", "ldknn"), outputs, strict=True):
-            if branch not in self._branches:
-                continue
-            if scores is None:
-                raise DeviceError(f"the backend's inference gave no scores for the bundle's branch {branch}")
-            centre, factor = self._branches[branch]
-            grid += (scores.values.reshape(self._grid) - centre) * factor
+        for branch, (centre, factor) in self._branches.items():
+            grid += (outputs[branch].values.reshape(self._grid) - centre) * factor
         smoothed: FloatArray = (self._rows @ grid @ self._columns).astype(np.float32, copy=False)
-        return AnomalyMap(smoothed, frame_hw, float(smoothed.max()))
+        return AnomalyMap(smoothed, frame_hw, score_of(smoothed, self._score_rule))
 
     def close(self) -> None:
         if self._search is not None:

@@ -29,7 +29,7 @@ from daemon.inspection.backend.graph import Graph
 from daemon.inspection.backend.ldknn import Search
 from daemon.inspection.backend.plan import Networks, import_tensorrt
 from daemon.inspection.backend.search import from_ordered
-from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, smoothing_operator
+from daemon.inspection.backend.tables import Table, banded, branch_scaling, resampling, score_of, smoothing_operator
 from daemon.inspection.tensors import load_bank
 from daemon.types import AnomalyMap, FloatArray, Frame, PixelArray, Timings
 
@@ -76,6 +76,7 @@ class CudaBackend:
     def _open(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self._grid, self._hw = manifest.grid, manifest.preprocessing.size
+        self._score_rule = manifest.scoreRule
         self._branches = {branch: branch_scaling(manifest.fusion, branch) for branch in manifest.branches}
         self._stream = self._cuda.Stream()
         capability = "".join(map(str, self._device.compute_capability()))
@@ -127,7 +128,9 @@ class CudaBackend:
             np.copyto(size.host, frame.pixels)
             size.graph.launch()
             self._stream.synchronize()
-        return AnomalyMap(self._found_map, size.frame_hw, from_ordered(int(self._found_score[0]))), Timings()
+        is_max = self._score_rule == "max"  # the kernel's; any other rule reads the map, which is here anyway
+        score = from_ordered(int(self._found_score[0])) if is_max else score_of(self._found_map, self._score_rule)
+        return AnomalyMap(self._found_map, size.frame_hw, score), Timings()
 
     def network_input(self) -> FloatArray:
         image = self.tap("image", (3, *self._hw), np.float16)
@@ -198,8 +201,10 @@ class CudaBackend:
         self._networks.enqueue(self._stream)
         if "ldknn" in self._branches:
             self._search.enqueue(self._launch, self._buffers["features"])
-        scaling = [value for branch in ("repair", "ldknn") for value in self._branches.get(branch, (0.0, 0.0))]
-        inputs = [self._buffers[branch] if branch in self._branches else np.uintp(0) for branch in ("repair", "ldknn")]
+        # Two at most: a map stands alone, in the place of the repair branch.
+        pair = ("map" if "map" in self._branches else "repair", "ldknn")
+        scaling = [value for branch in pair for value in self._branches.get(branch, (0.0, 0.0))]
+        inputs = [self._buffers[branch] if branch in self._branches else np.uintp(0) for branch in pair]
         self._launch("postprocess_start", (1, 1), (1, 1, 1), self._score)
         self._launch(
             "postprocess", blocks, (32, 8, 1), *inputs, *scaling, *self._smoothing[0], *self._smoothing[1],

@@ -38,7 +38,7 @@ def plan_name(module: str, capability: str) -> str:
 
 
 class Networks:
-    """On the GPU. buffers: image (1 3 h w) f16, features (P C) f32 and, with that branch, repair (P) f32."""
+    """On the GPU. buffers: image (1 3 h w) f16; map (P) f32, or features (P C) f32 and perhaps repair (P)."""
 
     def __init__(self, bundle: Bundle, capability: str, cuda: Any) -> None:
         self._trt = import_tensorrt(bundle.manifest.files)
@@ -66,7 +66,7 @@ class Networks:
         self.channels = self._bind(bundle, cuda)
 
     def _bind(self, bundle: Bundle, cuda: Any) -> int:
-        """Check inputs and outputs and give each its buffer; the features' channels."""
+        """Check inputs and outputs and give each its buffer; the features' channels, 0 of an engine without them."""
         trt, engine, manifest = self._trt, self._engine, bundle.manifest
         patches = manifest.grid[0] * manifest.grid[1]
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -78,7 +78,10 @@ class Networks:
         channels = found["features"][0][-1] if "features" in found else 0
         half, single = trt.DataType.HALF, trt.DataType.FLOAT
         wanted: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((1, 3, *manifest.preprocessing.size), half)}
-        wanted["features"] = ((patches, channels), single)
+        if "map" in manifest.branches:
+            wanted["map"] = ((patches,), single)
+        else:
+            wanted["features"] = ((patches, channels), single)
         if "repair" in manifest.branches:
             wanted["repair"] = ((patches,), single)
         if found != wanted:

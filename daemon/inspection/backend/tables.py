@@ -82,7 +82,7 @@ def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
     np.add.at(upsample, (pixels, np.clip(low + 1, 0, cells - 1)), fraction)
     reach = int(np.ceil(4.0 * sigma))
     offsets = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights = np.exp(-0.5 * (offsets / (sigma or 1.0)) ** 2)  # with sigma 0 the one offset is 0
     weights /= weights.sum()
     period = max(2 * (size - 1), 1)
     gaussian = np.zeros((size, size))
@@ -90,6 +90,14 @@ def smoothing_operator(size: int, cells: int, sigma: float) -> FloatArray:
         mirrored = np.abs((pixels + offset + period) % period)
         np.add.at(gaussian, (pixels, np.where(mirrored < size, mirrored, period - mirrored)), weight)
     return (gaussian @ upsample).astype(np.float32)
+
+
+def score_of(values: FloatArray, rule: str) -> float:
+    """A part's score from its map (h w): its maximum, or with `top1pct` the mean of its highest hundredth (CRR)."""
+    if rule == "max":
+        return float(values.max())
+    highest = max(1, values.size // 100)
+    return float(np.partition(values, values.size - highest, axis=None)[-highest:].mean(dtype=np.float64))
 
 
 def branch_scaling(fusion: Fusion, branch: str) -> tuple[np.float32, np.float32]:
