@@ -67,7 +67,7 @@ class CpuBackend:
         return Tensor(normalise(frame, self._preprocessing, self._resizer, self._input))
 
     def features(self, tensor: Tensor) -> FloatArray:
-        """Tap: the patch features (P C), of a map engine its map (P,); the network's own buffer, until the next call."""
+        """Tap: patch features (P C), of a map engine its map (P,): the network's own buffer, until the next call."""
         try:
             self._network.infer([tensor.values], share_inputs=True)
         except RuntimeError as error:
