@@ -33,6 +33,7 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 _MAX_MANIFEST_BYTES = 4 << 20
 _MAX_FILE_BYTES = 4 << 30
 
+Branch = Literal["ldknn", "repair", "map"]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
@@ -108,7 +109,7 @@ class Manifest(_Strict):
     version: str
     created: str
     preprocessing: Preprocessing
-    branches: Annotated[list[Literal["ldknn", "repair", "map"]], Field(min_length=1, max_length=2)]
+    branches: Annotated[list[Branch], Field(min_length=1, max_length=2)]
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     k: Annotated[int, Field(ge=1)]
     alpha: Finite
@@ -135,10 +136,11 @@ class Manifest(_Strict):
         # A network that gives the map itself is the whole engine: there is nothing beside it that it could join.
         is_map = self.branches == ["map"]
         if is_map == (self.kind == "fused") or (not is_map and "map" in self.branches):
-            wanted = "ldknn, repair or both" if self.kind == "fused" else "map alone"
-            problems.append(f"branches: found {', '.join(self.branches)}, kind {self.kind} wants {wanted}")
-        if self.kind == "fused" and any(side % _STRIDE for side in self.preprocessing.size):
-            problems.append(f"preprocessing.size: kind fused wants multiples of {_STRIDE}")
+            fitting = "ldknn, repair or both" if self.kind == "fused" else "map alone"
+            problems.append(f"branches: found {', '.join(self.branches)}, kind {self.kind} wants {fitting}")
+        for index, side in enumerate(self.preprocessing.size):
+            if self.kind == "fused" and side % _STRIDE:
+                problems.append(f"preprocessing.size.{index}: found {side}, kind fused wants multiples of {_STRIDE}")
         strangers = {frame.product for frame in self.golden.frames} - set(self.products)
         problems += [f"golden: no such product {name!r}" for name in sorted(strangers)]
         for name, product in self.products.items():

@@ -521,7 +521,7 @@ def test_map_and_score_are_the_reference_within_the_rounding_of_two_products(
 
 def test_postprocess_without_the_scores_of_its_branch_is_a_device_error(awkward: CpuBackend) -> None:
     with pytest.raises(DeviceError, match="no scores for the bundle's branch ldknn"):
-        awkward.postprocess((None, None), (64, 64))
+        awkward.postprocess({}, (64, 64))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def test_frames_of_which_one_engine_never_speaks_are_bounded() -> None:
 class Books(Dispatcher):
     """The dispatcher's engines alone."""
 
+    products = {"part"}  # type: ignore[assignment]  # noqa: RUF012
+
     def __init__(self) -> None:
         self.engines, self.observer = {}, None
 
@@ -213,6 +215,31 @@ def test_engine_that_does_not_know_the_product_is_turned_away_and_closed(tmp_pat
     stage.turn(lambda: stage.result == "failed")
     assert new.closed.wait(10)
     assert stage.at_work() == "1"
+
+
+def test_products_that_a_version_brings_are_served_and_go_again_with_it(tmp_path: Path) -> None:
+    new = FakePipeline("2")
+    new.bundle.manifest.products["lid"] = new.bundle.manifest.products["part"]
+    stage = Stage(tmp_path, new)
+    stage.swapper.activate("part/2", 0, None)
+    stage.turn(lambda: stage.result == "watching")
+    assert set(stage.books.engines) == {"part", "lid"}
+    assert stage.books.engines["lid"] is stage.books.engines["part"]
+    stage.swapper.roll_back(None, None)
+    stage.turn(lambda: stage.at_work() == "1")
+    assert set(stage.books.engines) == {"part"}
+    assert stage.info() == ["1"]
+
+
+def test_product_that_only_frames_name_does_not_keep_an_engine_away(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.old.bundle.manifest.products["lid"] = stage.old.bundle.manifest.products["part"]
+    stage.books.engines["lid"] = stage.engine
+    stage.metrics.engine_info.labels("lid", "1", "1" * 16).set(1)
+    stage.swapper.activate("part/2", 0, None)
+    stage.turn(lambda: stage.result == "watching")
+    assert set(stage.books.engines) == {"part"}
+    assert stage.at_work() == "2"
 
 
 def test_live_frames_are_compared_before_the_swap(tmp_path: Path) -> None:

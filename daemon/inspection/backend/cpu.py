@@ -99,6 +99,8 @@ class CpuBackend:
         # Upsampling and smoothing are linear: the branches are combined first, on the small grid.
         grid = np.zeros(self._grid, np.float32)
         for branch, (centre, factor) in self._branches.items():
+            if branch not in outputs:
+                raise DeviceError(f"the backend's inference gave no scores for the bundle's branch {branch}")
             grid += (outputs[branch].values.reshape(self._grid) - centre) * factor
         smoothed: FloatArray = (self._rows @ grid @ self._columns).astype(np.float32, copy=False)
         return AnomalyMap(smoothed, frame_hw, score_of(smoothed, self._score_rule))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daemon.bundle import Bundle
+from daemon.bundle import Branch, Bundle
 from daemon.errors import BundleError, DeviceError
 from daemon.inspection.backend.cubin import load_kernels
 from daemon.inspection.backend.graph import Graph
@@ -202,7 +202,7 @@ class CudaBackend:
         if "ldknn" in self._branches:
             self._search.enqueue(self._launch, self._buffers["features"])
         # Two at most: a map stands alone, in the place of the repair branch.
-        pair = ("map" if "map" in self._branches else "repair", "ldknn")
+        pair: tuple[Branch, ...] = ("map" if "map" in self._branches else "repair", "ldknn")
         scaling = [value for branch in pair for value in self._branches.get(branch, (0.0, 0.0))]
         inputs = [self._buffers[branch] if branch in self._branches else np.uintp(0) for branch in pair]
         self._launch("postprocess_start", (1, 1), (1, 1, 1), self._score)
