@@ -1,6 +1,6 @@
 """Hand-over of a frame from a camera's process to the daemon's: shared memory, ipc, tcp, tcp with CURVE, in turns.
 
-    python -m bench.transport
+    python -m bench.transport [--keep-awake]     (bench/awake.py: where the host gives a core that rests away)
 
 `shm` is a camera whose driver writes into the slot itself, `shm, copied in` one whose frame is copied there first.
 Milliseconds from the call that sends until the daemon's own code has the frame's pixels (receive, decode_frame,
@@ -18,15 +18,18 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 import numpy as np
 import zmq
 
 from adapters.shm_sender import ShmSender
+from bench.awake import kept_awake
 from bench.record import origin, write_result
 from daemon.line.ports import receive
 from daemon.line.shm import FOLDER, Rings
@@ -149,8 +152,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def main() -> None:
+@click.command()
+@click.option("--keep-awake", is_flag=True, help="An idle loop on each core, so that a shared host leaves it here.")
+def main(keep_awake: bool) -> None:  # noqa: FBT001 - click
     """Rounds in turns; medians and the p99 over all of a kind's frames."""
+    with kept_awake() if keep_awake else nullcontext():
+        rows, reads = run_rounds()
+    result = {"frames": _FRAMES, "keptAwake": keep_awake, "rows": rows, "readMs": reads}
+    print(result["readMs"])
+    write_result("transport.json", {**origin("pyzmq", "numpy"), "protocol": __doc__, **result})
+
+
+def run_rounds() -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(a row for each size and kind, milliseconds of read(2) alone by size)."""
     kinds = ("shm", "shm, copied in", "ipc", "tcp", "tcp, CURVE")
     spent: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     reads: dict[str, list[float]] = {}
@@ -168,9 +182,7 @@ def main() -> None:
         row |= {"messageMs": median(received), "headerMs": median(known - received), "pixelsMs": median(taken - known)}
         rows.append({key: value if isinstance(value, str) else round(float(value), 4) for key, value in row.items()})
         print(rows[-1])
-    result = {"frames": _FRAMES, "rows": rows, "readMs": {size: median(times) for size, times in reads.items()}}
-    print(result["readMs"])
-    write_result("transport.json", {**origin("pyzmq", "numpy"), "protocol": __doc__, **result})
+    return rows, {size: median(times) for size, times in reads.items()}
 
 
 if __name__ == "__main__":
