@@ -13,8 +13,7 @@ something in minutes, and the image itself, as in the paper, where there is a GP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own custom
 
 from daemon.errors import DataError
-from trainer.progress import say, warn
+from trainer.checkpoint import Progress
 from trainer.samplers import Batch, Sampler, step_generator
 from trainer.schedule import Schedule, cosine
 
@@ -35,8 +34,6 @@ Space = Literal["features", "image"]
 _DILATIONS = (1, 2, 4, 8)
 _MASKED_WEIGHT = 4.0  # what the mask's share of a few per cent adds to the loss beside the rest
 _WARM_UP = 50  # steps
-_SAVE_EVERY_S = 30.0
-_SAY_EVERY_S = 10.0
 _TYPICAL_BATCHES = 4
 
 
@@ -174,7 +171,7 @@ def train(
     torch.manual_seed(seed)
     net = RepairNet(sampler.channels, recipe.width, recipe.halvings).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), recipe.learning_rate, weight_decay=1e-3)
-    state = _Progress(checkpoint, net, optimizer, clock)
+    state = Progress("repair", checkpoint, net, optimizer, clock)
     losses: list[float] = []
     for fraction in schedule.fractions(state.steps, state.spent_s, clock):
         for group in optimizer.param_groups:
@@ -215,57 +212,3 @@ def add_noise(corrupted: Tensor, clean: Tensor, recipe: Recipe, generator: torch
         return corrupted, clean
     noise = recipe.sigma * torch.randn(corrupted.shape, generator=generator).to(corrupted.device)
     return corrupted + noise, clean + noise if recipe.noise == "anchored" else clean
-
-
-class _Progress:
-    """Counts, tells and saves. A checkpoint holds tensors and numbers only and is loaded as such."""
-
-    def __init__(
-        self, path: Path | None, net: RepairNet, optimizer: torch.optim.Optimizer, clock: Callable[[], float]
-    ) -> None:
-        self.steps, self.spent_s = 0, 0.0
-        self._path, self._net, self._optimizer, self._clock = path, net, optimizer, clock
-        if path is not None and path.exists():
-            self._resume(path)
-        self._started = clock() - self.spent_s
-        self._saved = self._said = clock()
-
-    def _resume(self, path: Path) -> None:
-        """Go on from the checkpoint; from one that cannot be used there is nothing to save, so start anew."""
-        fresh = deepcopy(self._net.state_dict())
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            steps, spent_s = int(saved["steps"]), float(saved["spent_s"])
-            self._net.load_state_dict(saved["net"])
-            self._optimizer.load_state_dict(saved["optimizer"])
-        except Exception as error:  # torch raises whatever the broken bytes lead it to
-            self._net.load_state_dict(fresh)
-            reason = str(error).partition("\n")[0]
-            warn(f"{path}: no checkpoint that can be used ({reason}); the training starts anew")
-            return
-        self.steps, self.spent_s = steps, spent_s
-        say(f"repair: goes on from step {self.steps}, saved in {path}")
-
-    def advance(self, fraction: float, losses: Sequence[float]) -> None:
-        self.steps += 1
-        now = self._clock()
-        if now - self._said >= _SAY_EVERY_S and fraction > 0.0:
-            self._said = now
-            left = (now - self._started) * (1.0 - fraction) / fraction
-            say(f"repair: step {self.steps}, loss {np.mean(losses[-50:]):.4f}, {left:.0f} s left")
-        if self._path is not None and now - self._saved >= _SAVE_EVERY_S:
-            self._saved = now
-            self.save()
-
-    def save(self) -> None:
-        if self._path is None:
-            return
-        partial = self._path.with_suffix(".partial")
-        state = {"net": self._net.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save({**state, "steps": self.steps, "spent_s": self._clock() - self._started}, partial)
-        partial.replace(self._path)
-
-    def forget(self) -> None:
-        """The training is complete: what was saved is of no use any more."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
