@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,25 @@ import click  # noqa: E402
 
 from daemon.errors import UsageError  # noqa: E402
 from trainer import build, finish  # noqa: E402
-from trainer.draft import open_draft, with_limit  # noqa: E402
-from trainer.site import Options, open_site, parse_targets, publish, run_command  # noqa: E402
+from trainer.dataset import Splits  # noqa: E402
+from trainer.draft import Draft, open_draft, with_limit  # noqa: E402
+from trainer.site import (  # noqa: E402
+    PRODUCT,
+    Options,
+    Site,
+    check_options,
+    open_site,
+    options_of,
+    parse_targets,
+    publish,
+    run_command,
+)
 
 _FOLDER = click.Path(path_type=Path)
 
 
 def _check_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+    if not PRODUCT.fullmatch(name):
         raise click.BadParameter(f"found {name!r}, wanted 1 to 64 of A-Z a-z 0-9 _ . -, the first a letter or digit")
     return name
 
@@ -51,10 +62,33 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("name", callback=_check_name)
-@click.option("--good", type=_FOLDER, required=True, help="Good images, named in capture order.")
-@click.option("--select", type=_FOLDER, help="Good images for the settings, instead of some of --good.")
-@click.option("--calibration", type=_FOLDER, help="Good images for the limit, instead of the last third of --good.")
-@click.option("--test", type=_FOLDER, help="Labelled folder (test/good, test/<defect>, ground_truth) to report on.")
+@click.option(
+    "--good", metavar="DIR", multiple=True, required=True,
+    help="Good images, named in capture order; with --kind crr PRODUCT=DIR, once for each product, as the next three.",
+)  # fmt: skip
+@click.option("--select", metavar="DIR", multiple=True, help="Good images for the settings, instead of some of --good.")
+@click.option(
+    "--calibration", metavar="DIR", multiple=True,
+    help="Good images for the limit, instead of the last third of --good.",
+)  # fmt: skip
+@click.option(
+    "--test", metavar="DIR", multiple=True,
+    help="Labelled folder (test/good, test/<defect>, ground_truth) to report on.",
+)  # fmt: skip
+@click.option(
+    "--kind",
+    type=click.Choice(["fused", "crr"]),
+    default="fused",
+    help="fused: the best engine for one product; crr: one engine for many, which a line can change between parts.",
+)
+@click.option(
+    "--add-product", type=_FOLDER,
+    help="With --kind crr: a bundle that is to learn further products; --good names its own ones too.",
+)  # fmt: skip
+@click.option(
+    "--without", type=click.Choice(["repair", "masking", "segmentation"]), multiple=True,
+    help="With --kind crr: leave this part of the method out, to see what it gives.",
+)  # fmt: skip
 @click.option(
     "--add", type=_FOLDER, multiple=True,
     help="Good parts that the line rejected, to be learnt too: a folder of images, or of `inspectd review export`.",
@@ -99,12 +133,24 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=2, help="Most threads at work.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Same data, options and seed: same engine.")
-def main(**fields: Any) -> None:
+@click.pass_context
+def main(context: click.Context, **fields: Any) -> None:
     """Build an engine NAME from good images alone and print the bundle's folder."""
-    options = Options(**fields)
-    if options.preview is not None:
-        build.preview(options)
-        return
+    name, beginning = fields["name"], fields.pop("add_product")
+    products = options_of(fields)
+    if products[0].preview is not None:
+        build.preview(products[0])
+    elif products[0].kind == "crr":
+        check_options(context)
+        click.echo(_build_many(name, products, beginning))
+    elif beginning is not None or products[0].without:
+        raise UsageError("found --add-product or --without, wanted them with --kind crr alone")
+    else:
+        click.echo(_build_one(products[0]))
+
+
+def _build_one(options: Options) -> Path:
+    """The engine of one product."""
     with open_site(options) as site:
         splits = build.read_images(options)
         chosen = build.choose_settings(options, site, splits)
@@ -114,20 +160,43 @@ def main(**fields: Any) -> None:
         draft = build.train_repair(options, site, splits, chosen, draft)
         draft = build.find_scale(options, site, splits, draft)
         draft = build.weigh_branches(options, site, splits, chosen, draft)
-        pipeline = open_draft(options, site, draft)
-        scores = finish.score_good(options, site, splits, draft, pipeline)
-        finish.measure_images(options, site, splits, draft)
-        draft = finish.set_limit(options, draft, scores)
-        pipeline = with_limit(options, site, draft, scores, pipeline)
-        doubts = finish.find_doubts(splits, draft, scores, is_tested=options.test is not None)
-        draft = finish.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
-        evaluation = finish.judge_test(options, pipeline)
-        finish.write_report(
-            options, site, splits, chosen, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
-        )
+        finished = _finish(options, site, splits, chosen, draft)
         finish.add_targets(options, site)
-        finish.seal(options, site, draft, finish.describe_training(options, site, splits), evaluation)
-        click.echo(publish(site))
+        finish.seal(options.name, site, [finished], finish.describe_training(site, [finished]))
+        return publish(site)
+
+
+def _build_many(name: str, products: list[Options], beginning: Path | None) -> Path:
+    """One engine for many products (trainer/crr.py); each has its limit as if it were alone."""
+    from trainer import many  # it imports torch, which --help need not wait for
+
+    engine = replace(products[0], name=name)
+    with open_site(engine) as site:
+        splits = [build.read_images(options) for options in products]
+        draft = many.train(engine, site, products, splits, beginning)
+        draft = build.find_scale(engine, site, many.together(splits), draft)
+        finished = [_finish(options, site, own, None, draft) for options, own in zip(products, splits, strict=True)]
+        finish.add_targets(engine, site)
+        finish.seal(name, site, finished, finish.describe_training(site, finished))
+        return publish(site)
+
+
+def _finish(
+    options: Options, site: Site, splits: Splits, chosen: build.Chosen | None, draft: Draft
+) -> finish.Finished:  # fmt: skip
+    """What every product gets: a limit of its own, golden frames, a report."""
+    pipeline = open_draft(options, site, draft)
+    scores = finish.score_good(options, site, splits, draft, pipeline)
+    look = finish.measure_images(options, splits, draft)
+    draft = finish.set_limit(options, draft, scores)
+    pipeline = with_limit(options, site, draft, scores, pipeline)
+    doubts = finish.find_doubts(splits, draft, scores, is_tested=options.test is not None)
+    draft = finish.add_golden(options, site, splits, draft, scores=scores, pipeline=pipeline)
+    evaluation = finish.judge_test(options, pipeline)
+    finish.write_report(
+        options, site, splits, chosen, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
+    )
+    return finish.Finished(options, splits, draft, scores, look, evaluation)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from safetensors.numpy import load_file, save_file
 import build_engines
 from daemon.bundle import CALIBRATION, MANIFEST, QUALITY, SIGNATURE, seal_bundle
 from trainer.dataset import list_images
-from trainer.site import Options, open_site, publish
+from trainer.site import open_site, options_of, publish
 
 
 def main() -> None:
     fields = build_engines.main.make_context("build_engines.py", sys.argv[1:]).params
-    options = Options(**fields)
+    del fields["add_product"]
+    [options] = options_of(fields)
     list_images(options.good)  # or it says what is wrong with the folder
     with open_site(options) as site:
         shutil.copytree(os.environ["INSPECTD_BUILT"], site.folder, dirs_exist_ok=True)

@@ -151,7 +151,14 @@ def make_sampler(
     network: FeatureNetwork, images: Sequence[FloatArray], corruptor: Corruptor, grid: tuple[int, int], *, count: int,
     seed: int,
 ) -> FeatureSampler:  # fmt: skip
-    """Features of N images and of `count` corruptions of each, with masks on the grid."""
+    return FeatureSampler(*corrupt_features(network, images, corruptor, grid, count=count, seed=seed), seed=seed)
+
+
+def corrupt_features(
+    network: FeatureNetwork, images: Sequence[FloatArray], corruptor: Corruptor, grid: tuple[int, int], *, count: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Features of N images (N C gh gw) and of `count` corruptions of each (N K C gh gw), with masks (N K gh gw)."""
     shape = (network.channels, *grid)
     clean = torch.empty((len(images), *shape), dtype=torch.float16)
     corrupted = torch.empty((len(images), count, *shape), dtype=torch.float16)
@@ -164,7 +171,7 @@ def make_sampler(
             corrupted[index, kind] = _planes(network.run(made.pixels), shape)
             mask = cv2.resize(made.mask.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA)
             masks[index, kind] = torch.from_numpy((mask > 0.0).astype(np.float16))
-    return FeatureSampler(clean, corrupted, masks, seed=seed)
+    return clean, corrupted, masks
 
 
 def _planes(features: FloatArray, shape: tuple[int, int, int]) -> torch.Tensor:

@@ -42,6 +42,8 @@ class Draft:
     product: Product = _NO_LIMIT
     golden: tuple[GoldenFrame, ...] = ()
     bank_rows: int = 0
+    kind: str = "fused"
+    score_rule: str = "max"
 
 
 def open_draft(options: Options, site: Site, draft: Draft) -> Pipeline:
@@ -77,7 +79,7 @@ def manifest_fields(options: Options, site: Site, draft: Draft) -> dict[str, Any
     """The manifest without metrics, training and files."""
     return {
         "format": bundle.FORMAT,
-        "kind": "fused",
+        "kind": draft.kind,
         "name": options.name,
         "version": site.version,
         "created": site.created.isoformat(timespec="seconds"),
@@ -94,7 +96,7 @@ def manifest_fields(options: Options, site: Site, draft: Draft) -> dict[str, Any
             },
             "smoothingSigma": calibrate.smoothing_sigma(draft.preprocessing.size),
         },
-        "scoreRule": "max",
+        "scoreRule": draft.score_rule,
         "products": {options.name: draft.product.model_dump()},
         "golden": {"frames": [frame.model_dump() for frame in draft.golden], "tolerance": TOLERANCE},
     }

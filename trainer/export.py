@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from daemon.errors import DeviceError
 from trainer.backbone import Backbone, PatchFeatures
+from trainer.crr import CrrMap
 from trainer.repair import RepairScore
 from trainer.settings import View
 
@@ -73,28 +74,53 @@ class EngineNetwork(nn.Module):
         return torch.cat([torch.cat([made[:1], made[1:2]], 3), torch.cat([made[2:3], made[3:]], 3)], 2)
 
 
+class CrrNetwork(nn.Module):
+    """An engine of kind crr: image (1 3 h w) -> map (P), row by row."""
+
+    def __init__(self, backbone: Backbone, made: CrrMap) -> None:
+        super().__init__()
+        self.features, self.made = PatchFeatures(backbone.network), made
+
+    def forward(self, image: Tensor) -> Tensor:
+        found: Tensor = self.made(self.features(image)).flatten()
+        return found
+
+
 def export_network(module: EngineNetwork, size: tuple[int, int], path: Path) -> tuple[int, int]:
     """Write the network with input `image` (1 3 h w), outputs `features` (P C), perhaps `repair` (P); gives the grid.
 
     Raises DeviceError if OpenVINO does not compute what torch does.
     """
-    module = module.eval()
-    example = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
     with torch.inference_mode():
-        grid = tuple(module.maps(example).shape[-2:])
+        grid = tuple(module.eval().maps(_example(size)).shape[-2:])
+    _export(module, size, ["features", "repair"], path)
+    return grid[0], grid[1]
+
+
+def export_map(module: CrrNetwork, size: tuple[int, int], path: Path) -> None:
+    """Write the network with input `image` (1 3 h w) and output `map` (P). Raises DeviceError as above."""
+    _export(module, size, ["map"], path)
+
+
+def _example(size: tuple[int, int]) -> Tensor:
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+
+
+def _export(module: nn.Module, size: tuple[int, int], names: list[str], path: Path) -> None:
+    module, example = module.eval(), _example(size)
+    with torch.inference_mode():
         found = module(example)
     wanted = [output.numpy() for output in (found if isinstance(found, tuple) else (found,))]
     with _silence():
         torch.onnx.export(
-            module, (example,), path, input_names=["image"], output_names=["features", "repair"][: len(wanted)],
+            module, (example,), path, input_names=["image"], output_names=names[: len(wanted)],
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     model = onnx.load(path)
     _strip(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    _compare(path, example.numpy(), wanted)
-    return grid[0], grid[1]
+    _compare(path, example.numpy(), dict(zip(names, wanted, strict=False)))
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -110,14 +136,14 @@ def _strip(model: onnx.ModelProto) -> None:
         del tensor.metadata_props[:]
 
 
-def _compare(path: Path, image: np.ndarray, wanted: list[np.ndarray]) -> None:
+def _compare(path: Path, image: np.ndarray, wanted: dict[str, np.ndarray]) -> None:
     try:
         compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         results = compiled([image])
         found = [results[index] for index in range(len(wanted))]
     except RuntimeError as error:
         raise DeviceError(f"OpenVINO cannot run the exported network: {error}") from error
-    for name, ours, theirs in zip(("features", "repair"), found, wanted, strict=False):
+    for (name, theirs), ours in zip(wanted.items(), found, strict=True):
         if ours.shape != theirs.shape:
             raise DeviceError(f"the exported network gives {name} {ours.shape}, torch gives {theirs.shape}")
         deviation = float(np.abs(ours - theirs).max() / np.abs(theirs).max())

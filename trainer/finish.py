@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as library_version
 from pathlib import Path
 from statistics import median
@@ -54,15 +54,27 @@ def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatA
     return np.array(scores, np.float32)
 
 
-def measure_images(options: Options, site: Site, splits: Splits, draft: Draft) -> None:
-    """Keep how the good images look, so that the daemon can tell a changed camera from a bad part."""
+@dataclass(frozen=True)
+class Finished:
+    """A product of the engine: its limit and golden frames are in the draft, `look` is for quality.safetensors."""
+
+    options: Options
+    splits: Splits
+    draft: Draft
+    scores: GoodScores
+    look: dict[str, FloatArray]
+    evaluation: Evaluation | None
+
+
+def measure_images(options: Options, splits: Splits, draft: Draft) -> dict[str, FloatArray]:
+    """How the good images look, so that the daemon can tell a changed camera from a bad part."""
     preprocessing = draft.preprocessing
     trained = (dataset.read_frame(picture.path) for picture in track(splits.train, "the mean picture"))
     pictures = quality.thumbnails(trained, preprocessing)
     calibrating = (dataset.read_frame(p.path) for p in track(splits.calibrate, "how the calibration images look"))
     means = quality.without_each(pictures) if splits.few else pictures.mean(0)
     found = quality.figures(calibrating, means, preprocessing)
-    (site.folder / bundle.QUALITY).write_bytes(save(quality.tensors(options.name, pictures.mean(0), found)))
+    return quality.tensors(options.name, pictures.mean(0), found)
 
 
 def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
@@ -118,35 +130,41 @@ def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
     return evaluate_images(pipeline, options.test, options.name)
 
 
-def describe_training(options: Options, site: Site, splits: Splits) -> dict[str, Any]:
-    """What the engine was made of and with: enough to make it again."""
-    given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
-    given["add"] = [path.name for path in options.add]
+def describe_training(site: Site, finished: Sequence[Finished]) -> dict[str, Any]:
+    """What the engine was made of and with: enough to make it again. Of several products, one entry for each."""
+    options = finished[0].options
+    data = [_describe_data(each) for each in finished]
     return {
-        "dataDigest": splits.digest,
-        "images": splits.counts,
-        "skipped": list(splits.skipped),
-        "options": given,
+        **(data[0] if len(data) == 1 else {"products": data}),
         "seed": options.seed,
         "versions": {"inspectd": __version__, **{name: library_version(name) for name in _LIBRARIES}},
         "buildSeconds": round(monotonic() - site.started, 1),
     }
 
 
+def _describe_data(product: Finished) -> dict[str, Any]:
+    options, splits = product.options, product.splits
+    given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    given["add"] = [path.name for path in options.add]
+    images = {"dataDigest": splits.digest, "images": splits.counts, "skipped": list(splits.skipped)}
+    return {**images, "options": given}
+
+
 def write_report(
-    options: Options, site: Site, splits: Splits, chosen: Chosen, draft: Draft, *,
+    options: Options, site: Site, splits: Splits, chosen: Chosen | None, draft: Draft, *,
     scores: GoodScores, doubts: list[str], pipeline: Pipeline, evaluation: Evaluation | None,
 ) -> None:  # fmt: skip
-    """Write report.html into the bundle."""
+    """Write report.html into the bundle; where it has several products, report-PRODUCT.html."""
     from trainer.report import Contents
     from trainer.report import write_report as write
 
     seconds = monotonic() - site.started
-    reasons = tuple(line for line in (chosen.tuning, draft.weighing) if line)
+    reasons = tuple(line for line in (chosen.tuning if chosen else "", draft.weighing) if line)
+    choice = chosen.choice if chosen else None
     contents = Contents(
-        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation, chosen.choice, reasons
+        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation, choice, reasons
     )  # fmt: skip
-    write(site.folder / "report.html", contents)
+    write(site.folder / ("report.html" if chosen else f"report-{options.name}.html"), contents)
 
 
 def _say_time(pipeline: Pipeline, options: Options) -> None:
@@ -175,14 +193,26 @@ def add_targets(options: Options, site: Site) -> None:
         plans.add_targets(site.folder, options.targets)
 
 
-def seal(options: Options, site: Site, draft: Draft, training: dict[str, Any], evaluation: Evaluation | None) -> None:
+def seal(name: str, site: Site, finished: Sequence[Finished], training: dict[str, Any]) -> None:
     """Sign the bundle, then open it as the daemon will and replay the golden frames."""
-    fields = manifest_fields(options, site, draft)
-    fields |= {"metrics": evaluation.figures if evaluation else {}, "training": training}
+    (site.folder / bundle.CALIBRATION).write_bytes(
+        save({each.options.name: np.sort(each.scores.calibrate) for each in finished})
+    )
+    (site.folder / bundle.QUALITY).write_bytes(
+        save({key: part for each in finished for key, part in each.look.items()})
+    )
+    options = finished[0].options
+    every = [manifest_fields(each.options, site, each.draft) for each in finished]
+    fields = every[0] | {"name": name, "training": training}
+    fields["products"] = {product: judged for each in every for product, judged in each["products"].items()}
+    frames = [frame for each in every for frame in each["golden"]["frames"]]
+    fields["golden"] = every[0]["golden"] | {"frames": frames}
+    figures = {each.options.name: each.evaluation.figures for each in finished if each.evaluation}
+    fields["metrics"] = figures if len(finished) > 1 else figures.get(options.name, {})
     bundle.seal_bundle(site.folder, fields, site.key)
     sealed = bundle.open_bundle(site.folder, site.trusted)
     pipeline = Pipeline(sealed, open_backend(sealed, "cpu", "f32", options.threads))
     deviation = check_golden(pipeline)
     _say_time(pipeline, options)
     pipeline.backend.close()
-    say(f"golden frames: {len(draft.golden)} reproduced, at most {deviation:.1%} of what is allowed")
+    say(f"golden frames: {len(frames)} reproduced, at most {deviation:.1%} of what is allowed")

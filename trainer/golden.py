@@ -80,10 +80,11 @@ def _paste_ellipse(pixels: PixelArray, strength: float) -> PixelArray:
 
 
 def write_golden(folder: Path, name: str, golden: Sequence[Golden]) -> list[GoldenFrame]:
-    """Store the frames losslessly as golden/<number>.png below `folder`; the manifest's entries."""
-    (folder / "golden").mkdir()
+    """Store the frames losslessly as golden/<number>.png below `folder`, after others; the manifest's entries."""
+    place = folder / "golden"
+    place.mkdir(exist_ok=True)
     entries = []
-    for number, item in enumerate(golden):
+    for number, item in enumerate(golden, len(list(place.iterdir()))):
         file = f"golden/{number}.png"
         done, data = cv2.imencode(".png", np.ascontiguousarray(item.frame.pixels[:, :, ::-1]))
         if not done:

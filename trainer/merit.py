@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from daemon.bundle import Preprocessing
-from daemon.inspection.backend.tables import smoothing_operator
+from daemon.inspection.backend.tables import score_of, smoothing_operator
 from daemon.types import ByteArray, FloatArray
 from trainer import dataset
 from trainer.corruption import CHOICE, Corruptor, estimate_foreground
@@ -126,9 +126,14 @@ class SampledMap:
         )
 
 
-def find_merit(maps: FloatArray, truth: Truth) -> Merit:
-    """Of sampled maps (images, pixels); an image's score is its map's maximum."""
-    return Merit(auroc(maps.max(1), truth.is_defective), auroc(maps.ravel(), truth.mask.ravel()))
+def find_merit(maps: FloatArray, truth: Truth, rule: str = "max") -> Merit:
+    """Of sampled maps (images, pixels), each image scored by the rule."""
+    return Merit(auroc(image_scores(maps, rule), truth.is_defective), auroc(maps.ravel(), truth.mask.ravel()))
+
+
+def image_scores(maps: FloatArray, rule: str) -> FloatArray:
+    """(images,) of sampled maps (images, pixels)."""
+    return np.array([score_of(values, rule) for values in maps], np.float32)
 
 
 def is_better(new: Merit, old: Merit, error: float) -> bool:
@@ -146,7 +151,7 @@ def auroc(values: FloatArray, positive: BoolArray) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
-def standard_error(one: tuple[FloatArray, Truth], other: tuple[FloatArray, Truth]) -> float:
+def standard_error(one: tuple[FloatArray, Truth], other: tuple[FloatArray, Truth], rule: str = "max") -> float:
     """Of the difference of the merits of two sets of maps (images, pixels), by a paired bootstrap over good images.
 
     Both are of the same images, at the same or at different resolutions. A good image is drawn together with the
@@ -155,13 +160,15 @@ def standard_error(one: tuple[FloatArray, Truth], other: tuple[FloatArray, Truth
     sources = int(one[1].source.max()) + 1
     drawn = np.random.default_rng(0).integers(sources, size=(_REDRAWS, sources))
     times = np.stack([np.bincount(row, minlength=sources) for row in drawn])  # (redraws, sources)
-    first, second = (_redrawn_merits(maps, truth, times) for maps, truth in (one, other))
+    first, second = (_redrawn_merits(maps, truth, times, rule) for maps, truth in (one, other))
     return float(np.std(first - second))
 
 
-def _redrawn_merits(maps: FloatArray, truth: Truth, times: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _redrawn_merits(
+    maps: FloatArray, truth: Truth, times: npt.NDArray[np.int64], rule: str
+) -> npt.NDArray[np.float64]:  # fmt: skip
     pixels = maps.shape[1]
-    of_images = _redrawn_aurocs(maps.max(1), truth.is_defective, truth.source, times)
+    of_images = _redrawn_aurocs(image_scores(maps, rule), truth.is_defective, truth.source, times)
     of_pixels = _redrawn_aurocs(maps.ravel(), truth.mask.ravel(), np.repeat(truth.source, pixels), times)
     return 0.5 * (of_images + of_pixels)
 

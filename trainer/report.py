@@ -109,8 +109,14 @@ def _facts(contents: Contents) -> str:
         "Created": manifest.created,
         "Good images": ", ".join(f"{count} {split}" for split, count in contents.splits.counts.items()),
         "Network input": f"{width} x {height}, {manifest.grid[1]} x {manifest.grid[0]} patches",
-        "Neighbours K, density weight alpha": f"{manifest.k}, {manifest.alpha:g}",
-        "Memory bank": f"{contents.bank_rows} patches",
+        **(
+            {
+                "Neighbours K, density weight alpha": f"{manifest.k}, {manifest.alpha:g}",
+                "Memory bank": f"{contents.bank_rows} patches",
+            }
+            if "ldknn" in manifest.branches
+            else {}
+        ),
         "Build": f"{contents.build_seconds:.1f} s",
     }
     return _table([(escape(name), escape(value)) for name, value in facts.items()])
@@ -120,7 +126,7 @@ def _choice(contents: Contents) -> str:
     """The settings' reason, the best of the grid, and where plain 1-NN stands."""
     choice = contents.choice
     if choice is None:
-        return ""
+        return "\n".join(f"<p>{escape(reason)}</p>" for reason in contents.reasons)
     lines = [f"<h2>Settings</h2><p>{escape(in_words(choice.settings))}: {escape(choice.reason)}.</p>"]
     lines += [f"<p>{escape(reason)}</p>" for reason in contents.reasons]
     if choice.trials:

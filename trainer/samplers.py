@@ -40,17 +40,29 @@ class FeatureSampler:
     to multiply the few corruptions.
     """
 
-    def __init__(self, clean: Tensor, corrupted: Tensor, masks: Tensor, *, batch: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, clean: Tensor, corrupted: Tensor, masks: Tensor, *, batch: int = 16, seed: int = 0,
+        scale: tuple[Tensor, Tensor] | None = None, chances: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """`scale` is the mean and deviation (C,) to standardise by, where a network was trained with them before;
+        `chances` (N,) are how often each image is drawn in proportion, all alike if None."""
         self.channels = clean.shape[1]
         self._clean, self._corrupted, self._masks = clean, corrupted, masks
         self._batch, self._seed = batch, seed
+        self._chances = chances
+        if scale is not None:
+            self.mean, self.std = scale
+            return
         self.mean = torch.stack([clean[:, c].float().mean() for c in range(self.channels)])
         spread = torch.stack([clean[:, c].float().std() for c in range(self.channels)])
         self.std = spread.clamp_(min=1e-6 * float(spread.max()) + 1e-12)
 
     def draw(self, step: int) -> Batch:
         generator = step_generator(self._seed, step)
-        image = torch.randint(len(self._clean), (self._batch,), generator=generator)
+        if self._chances is None:
+            image = torch.randint(len(self._clean), (self._batch,), generator=generator)
+        else:
+            image = torch.multinomial(self._chances, self._batch, replacement=True, generator=generator)
         kind = torch.randint(self._corrupted.shape[1], (self._batch,), generator=generator)
         parts = [self._standard(self._corrupted[image, kind]), self._standard(self._clean[image])]
         parts.append(self._masks[image, kind].float().unsqueeze(1))

@@ -9,25 +9,32 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from time import monotonic
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.errors import ConfigError, InspectError, UsageError
 from daemon.keys import TrustedKey, load_trusted, make_signing_key
 from trainer.progress import say
 
+PRODUCT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_FOLDERS = ("good", "select", "calibration", "test")  # of each product
+_OF_ONE = (
+    "add", "branches", "budget_ms", "finetune", "noise", "repair", "k", "alpha", "coreset",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of build_engines.py."""
+    """The command line of build_engines.py for one product."""
 
     name: str
     good: Path
@@ -56,6 +63,53 @@ class Options:
     targets: tuple[str, ...]
     threads: int
     seed: int
+    kind: str = "fused"
+    without: tuple[str, ...] = ()
+
+
+def options_of(fields: Mapping[str, Any]) -> list[Options]:
+    """The command line of one product, or with kind crr one for each, named as the product. Raises UsageError."""
+    rest = {key: value for key, value in fields.items() if key not in (*_FOLDERS, "name")}
+    if fields["kind"] == "fused":
+        return [Options(name=fields["name"], **{option: _only(option, fields[option]) for option in _FOLDERS}, **rest)]
+    folders = {option: _by_product(option, fields[option]) for option in _FOLDERS}
+    products = folders["good"]
+    for option, given in folders.items():
+        if strangers := sorted(set(given) - set(products)):
+            named = ", ".join(strangers)
+            raise UsageError(f"found --{option} for {named}, wanted products of --good: {', '.join(products)}")
+    return [
+        Options(name=product, **{option: given.get(product) for option, given in folders.items()}, **rest)
+        for product in products
+    ]
+
+
+def _only(option: str, given: Sequence[str]) -> Path | None:
+    if len(given) > 1:
+        raise UsageError(
+            f"found --{option} {len(given)} times, wanted it once; one engine for many products: --kind crr"
+        )
+    return Path(given[0]) if given else None
+
+
+def _by_product(option: str, given: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not folder or not PRODUCT.fullmatch(name):
+            raise UsageError(f"found --{option} {text}, wanted PRODUCT=DIR with --kind crr, such as cup=images/cup")
+        if name in found:
+            raise UsageError(f"found --{option} for {name} twice, wanted one folder for each product")
+        found[name] = Path(folder)
+    return found
+
+
+def check_options(context: click.Context) -> None:
+    """What the command line asks of an engine of one product means nothing to one of many. Raises UsageError."""
+    given = [name for name in _OF_ONE if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"found {named}, wanted them without --kind crr: they are of an engine for one product")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
