@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,11 @@ demand(to_build=True)  # before the imports that would fail
 
 import click  # noqa: E402
 
-from daemon.errors import UsageError  # noqa: E402
 from trainer import build, finish  # noqa: E402
 from trainer.draft import open_draft, with_limit  # noqa: E402
-from trainer.site import Options, open_site, parse_targets, publish, run_command  # noqa: E402
+from trainer.site import Options, check_name, check_targets, open_site, publish, run_command  # noqa: E402
 
 _FOLDER = click.Path(path_type=Path)
-
-
-def _check_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
-        raise click.BadParameter(f"found {name!r}, wanted 1 to 64 of A-Z a-z 0-9 _ . -, the first a letter or digit")
-    return name
-
-
-def _check_targets(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    try:
-        return parse_targets(value)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _check_branches(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -50,7 +35,7 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("name", callback=_check_name)
+@click.argument("name", callback=check_name)
 @click.option("--good", type=_FOLDER, required=True, help="Good images, named in capture order.")
 @click.option("--select", type=_FOLDER, help="Good images for the settings, instead of some of --good.")
 @click.option("--calibration", type=_FOLDER, help="Good images for the limit, instead of the last third of --good.")
@@ -94,7 +79,7 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 @click.option("--backbone", default="efficientnet-lite0", help="Feature network: this one, or a name that timm knows.")
 @click.option("--weights", type=_FOLDER, help="Weights of the backbone (a state dict), instead of the packaged ones.")
 @click.option(
-    "--targets", default="cpu", callback=_check_targets,
+    "--targets", default="cpu", callback=check_targets,
     help="What the engine runs on: cpu, and trt (the GPU of this box), rtx:smNN (built anywhere), kernels:smNN.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=2, help="Most threads at work.")
@@ -125,8 +110,9 @@ def main(**fields: Any) -> None:
         finish.write_report(
             options, site, splits, chosen, draft, scores=scores, doubts=doubts, pipeline=pipeline, evaluation=evaluation
         )
-        finish.add_targets(options, site)
-        finish.seal(options, site, draft, finish.describe_training(options, site, splits), evaluation)
+        finish.add_targets(options, site, draft)
+        training = finish.describe_training(options, site, splits, seed=options.seed)
+        finish.seal(options, site, draft, training, evaluation, budget_ms=options.budget_ms)
         click.echo(publish(site))
 
 
