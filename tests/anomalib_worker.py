@@ -3,7 +3,8 @@
     anomalib_worker.py PARTS WEIGHTS PLACE
 
 PARTS/train/good and PARTS/test/... as MVTec AD lays them out, of 256 x 256. Writes PLACE/weights/onnx/model.onnx with
-its weights beside it, as anomalib exports by default, and PLACE/maps/<folder>/<stem>.npy: what the model itself, in
+its weights beside it, as anomalib exports by default, PLACE/single/weights/onnx/model.onnx as docs/how-to/import.md
+advises, and PLACE/maps/<folder>/<stem>.npy: what the model itself, in
 torch, makes of the test images. The backbone's weights are the trainer's packaged ones, so that nothing is fetched.
 """
 
@@ -46,6 +47,8 @@ def main() -> None:
     )  # fmt: skip
     engine.fit(model, datamodule=data)
     path = engine.export(model, "onnx", export_root=place, input_size=(256, 256))
+    advised = {"dynamic_axes": {}, "external_data": False}
+    engine.export(model, "onnx", export_root=place / "single", input_size=(256, 256), onnx_kwargs=advised)
     model = model.eval().cpu()
     for image in sorted((parts / "test").rglob("*.png")):
         target = place / "maps" / image.parent.name / f"{image.stem}.npy"

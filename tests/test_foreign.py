@@ -268,6 +268,28 @@ def test_a_network_that_fp16_cannot_hold_is_refused_for_gpus_alone(good, tmp_pat
     assert imported(model, good, tmp_path).code == 0
 
 
+def test_values_that_an_exporter_marks_as_unset_are_no_reason_against_fp16(good, tmp_path):
+    """As anomalib does for a normalisation without statistics: a nan inside, and none that comes out."""
+    more = [
+        helper.make_node("Mul", ["away", "unset"], ["normalised"]),
+        helper.make_node("IsNaN", ["normalised"], ["is_unset"]),
+        helper.make_node("Where", ["is_unset", "away", "normalised"], ["out"]),
+    ]
+    path = template(tmp_path / "m.onnx", good, more=more)
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(np.nan, np.float32), "unset"))
+    onnx.save(model, path)
+    bundle = bundle_of(imported(path, good, tmp_path), tmp_path)
+    convert_to_fp16(bundle.folder / NETWORKS, tmp_path / FP16_NETWORKS, (0.0, 1.0))
+    broken = onnx.load(bundle.folder / NETWORKS)
+    del broken.graph.node[-2:]
+    shape = next(tensor.name for tensor in broken.graph.initializer if tensor.name.startswith("behind"))
+    broken.graph.node.append(helper.make_node("Reshape", ["model/normalised", shape], ["map"]))
+    onnx.save(broken, tmp_path / NETWORKS)
+    with pytest.raises(DeviceError, match="off by nan%"):
+        convert_to_fp16(tmp_path / NETWORKS, tmp_path / FP16_NETWORKS, (0.0, 1.0))
+
+
 def test_a_network_that_the_converter_does_not_master_is_refused_with_its_words(good, tmp_path, monkeypatch):
     from onnxconverter_common import float16
 
@@ -589,7 +611,7 @@ def test_labels_tell_a_model_that_points_the_wrong_way(exported, good, parts, tm
     shutil.copytree(parts / "test/good", tmp_path / "turned/test/defect")
     shutil.copytree(parts / "test/stain", tmp_path / "turned/test/good")
     ended = imported(exported, good, tmp_path, "--test", tmp_path / "turned")
-    assert "below 0.5: good parts score higher than defective ones" in ended.err
+    assert "below 0.5: by this output good parts look worse than defective ones" in ended.err
     assert "below 0.5" in (bundle_of(ended, tmp_path).folder / "report.html").read_text()
 
 

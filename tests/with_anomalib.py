@@ -20,10 +20,11 @@ import pytest
 
 from bench.peer_anomalib import make_environment
 from bench.record import ROOT
-from daemon.bundle import open_bundle
+from daemon.bundle import FP16_NETWORKS, NETWORKS, open_bundle
 from daemon.keys import load_trusted
 from examples.parts import write_dataset
 from trainer.backbone import _packaged_lite0
+from trainer.plans import convert_to_fp16
 
 _WORKER = Path(__file__).with_name("anomalib_worker.py")
 
@@ -108,6 +109,21 @@ def test_maps_are_those_of_anomalib_in_torch(place, parts, bundle):
         np.testing.assert_allclose(ours, theirs, atol=2e-3)
         compared += 1
     assert compared == 16
+
+
+def test_an_export_as_advised_is_one_file_and_computes_each_frame_once(place, exported, bundle):
+    done = import_(place, place / "exported/single/weights/onnx/model.onnx", "--out", place / "single")
+    assert done.returncode == 0, done.stderr
+    assert "is fixed at a batch" not in done.stderr
+    single = open_bundle(place / done.stdout.strip().splitlines()[-1], load_trusted(place / "keys/trusted.yaml"))
+    limits = [each.manifest.products["parts"].limit for each in (single, bundle)]
+    assert limits[0] == pytest.approx(limits[1], rel=1e-3)
+
+
+def test_it_can_be_brought_to_fp16(bundle, tmp_path):
+    (tmp_path / NETWORKS).write_bytes(bundle.read(NETWORKS))
+    convert_to_fp16(tmp_path / NETWORKS, tmp_path / FP16_NETWORKS, (0.0, 1.0))
+    assert (tmp_path / FP16_NETWORKS).stat().st_size < 0.6 * (tmp_path / NETWORKS).stat().st_size
 
 
 def test_parts_that_the_model_does_not_know_are_judged(place, bundle):

@@ -235,8 +235,8 @@ def doubt_direction(evaluation: Evaluation | None) -> list[str]:
     if auroc >= 0.5:
         return []
     doubt = (
-        f"image AUROC on the test images is {auroc:.3f}, below 0.5: good parts score higher than defective ones; if a "
-        "higher value of this output means a better part, export it with the sign turned, else look at --pixels"
+        f"image AUROC on the test images is {auroc:.3f}, below 0.5: by this output good parts look worse than "
+        "defective ones; if a higher value means a better part, export it with the sign turned, else look at --pixels"
     )
     warn(doubt)
     return [doubt]
