@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,7 +32,7 @@ from examples.parts import write_dataset
 from tests import models, reference
 from tests.commands import Ended
 from tests.models import BOOL, FLOAT, UINT8, pooled, template, toy, write
-from trainer import onnxfile, plans
+from trainer import onnxfile, plans, report
 from trainer.dataset import read_frame
 from trainer.export import _silence
 from trainer.foreign import command
@@ -124,6 +125,13 @@ def built(exported, parts, good, tmp_path_factory):
     return imported(exported, good, place, "--test", parts, "--smoothing", 2), place
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing the report takes longer than all the rest of a small import; the engine that is `built` has them."""
+    monkeypatch.setattr(report, "_histogram", lambda _contents: b"")
+    monkeypatch.setattr(report, "_gallery", lambda *_given: "")
+
+
 @pytest.fixture
 def bundle(built):
     return bundle_of(*built)
@@ -164,9 +172,10 @@ def test_what_was_found_and_what_was_taken_is_said_and_kept(built, bundle):
         "image AUROC on the labelled test images: ",
     ):
         assert said in ended.err
-    report = (bundle.folder / "report.html").read_text()
-    assert "output taken: &#x27;anomaly_map&#x27;" in report
-    assert "Memory bank" not in report
+    page = (bundle.folder / "report.html").read_text()
+    assert "output taken: &#x27;anomaly_map&#x27;" in page
+    assert "Memory bank" not in page
+    assert re.search(r"Histogram of scores\" src=\"data:image/png;base64,[\w+/]{1000}", page)
 
 
 def test_the_daemon_reproduces_the_golden_frames(pipeline):

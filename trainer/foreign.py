@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trainer.dataset import Splits
     from trainer.draft import Draft
     from trainer.evaluate import Evaluation
-    from trainer.original import ImageInput, Output
+    from trainer.original import ImageInput, Original, Output
 
 _FOLDER = click.Path(path_type=Path)
 # (mean, std) on the scale 0..255, by what the model was trained on.
@@ -65,6 +65,7 @@ class Model:
     """What was found: the model, how it takes an image, which output was taken, and all that in sentences."""
 
     proto: ModelProto
+    original: Original
     image: ImageInput
     output: Output
     sha256: str
@@ -160,7 +161,7 @@ def inspect_model(options: ImportOptions) -> Model:
             f"{options.model}: is fixed at a batch of {image.batch}: each frame is computed {image.batch} times; "
             "export it with batch 1 or an open one"
         )
-    return Model(proto, image, output, sha256, tuple(notes))
+    return Model(proto, original, image, output, sha256, tuple(notes))
 
 
 def _noise(options: ImportOptions, image: ImageInput) -> FloatArray:
@@ -193,8 +194,8 @@ def make_network(options: ImportOptions, site: Site, model: Model) -> Draft:
 
     image, output, noise = model.image, model.output, _noise(options, model.image)
     made = wrap(options.model, model.proto, image, output, options.color)
-    first, again = (Original(options.model, model.proto, image, options.threads) for _ in range(2))
-    values = first.refuse_chance(noise, options.color, output, again)
+    again = Original(options.model, model.proto, image, options.threads)
+    values = model.original.refuse_chance(noise, options.color, output, again)
     wanted = values[:1] if image.batch > 1 else values
     if not np.isfinite(wanted).all():
         raise DataError(
