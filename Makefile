@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The pins are for Python 3.11 and newer; an older Python takes what pyproject.toml allows.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: reference demo test test-browser test-faults check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
+.PHONY: reference demo test test-browser test-faults test-anomalib check format bench accuracy limits soak swaps restarts plc fuzz clean install install-venv install-files uninstall own-folder
 
 .venv/.installed: pyproject.toml constraints.txt $(wildcard daemon/inspection/backend/kernels/nearest_*.[ch])
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -30,6 +30,9 @@ test-browser: .venv/.installed  ## the dashboard in a real Chromium (Debian: chr
 
 test-faults: .venv/.installed  ## what breaks a running daemon on purpose; part of make test
 	$(BIN)/python -m pytest tests/faults
+
+test-anomalib: .venv/.installed  ## anomalib's own PatchCore through `inspectd import`; makes bench/.peer, several GB
+	$(BIN)/python -m pytest tests/with_anomalib.py
 
 check: .venv/.installed  ## lint and types
 	$(BIN)/ruff check .

@@ -18,31 +18,18 @@ from trainer import build, finish  # noqa: E402
 from trainer.dataset import Splits  # noqa: E402
 from trainer.draft import Draft, open_draft, with_limit  # noqa: E402
 from trainer.site import (  # noqa: E402
-    PRODUCT,
     Options,
     Site,
+    check_name,
     check_options,
+    check_targets,
     open_site,
     options_of,
-    parse_targets,
     publish,
     run_command,
 )
 
 _FOLDER = click.Path(path_type=Path)
-
-
-def _check_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
-    if not PRODUCT.fullmatch(name):
-        raise click.BadParameter(f"found {name!r}, wanted 1 to 64 of A-Z a-z 0-9 _ . -, the first a letter or digit")
-    return name
-
-
-def _check_targets(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    try:
-        return parse_targets(value)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _check_branches(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -61,7 +48,7 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("name", callback=_check_name)
+@click.argument("name", callback=check_name)
 @click.option(
     "--good", metavar="DIR", multiple=True, required=True,
     help="Good images, named in capture order; with --kind crr PRODUCT=DIR, once for each product, as the next three.",
@@ -128,7 +115,7 @@ def _check_size(_context: click.Context, _parameter: click.Parameter, size: int 
 @click.option("--backbone", default="efficientnet-lite0", help="Feature network: this one, or a name that timm knows.")
 @click.option("--weights", type=_FOLDER, help="Weights of the backbone (a state dict), instead of the packaged ones.")
 @click.option(
-    "--targets", default="cpu", callback=_check_targets,
+    "--targets", default="cpu", callback=check_targets,
     help="What the engine runs on: cpu, and trt (the GPU of this box), rtx:smNN (built anywhere), kernels:smNN.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=2, help="Most threads at work.")
@@ -161,8 +148,9 @@ def _build_one(options: Options) -> Path:
         draft = build.find_scale(options, site, splits, draft)
         draft = build.weigh_branches(options, site, splits, chosen, draft)
         finished = _finish(options, site, splits, chosen, draft)
-        finish.add_targets(options, site)
-        finish.seal(options.name, site, [finished], finish.describe_training(site, [finished]))
+        finish.add_targets(options, site, draft)
+        training = finish.describe_training(site, [finished], seed=options.seed)
+        finish.seal(options.name, site, [finished], training, budget_ms=options.budget_ms)
         return publish(site)
 
 
@@ -176,8 +164,8 @@ def _build_many(name: str, products: list[Options], beginning: Path | None) -> P
         draft = many.train(engine, site, products, splits, beginning)
         draft = build.find_scale(engine, site, many.together(splits), draft)
         finished = [_finish(options, site, own, None, draft) for options, own in zip(products, splits, strict=True)]
-        finish.add_targets(engine, site)
-        finish.seal(name, site, finished, finish.describe_training(site, finished))
+        finish.add_targets(engine, site, draft)
+        finish.seal(name, site, finished, finish.describe_training(site, finished, seed=engine.seed))
         return publish(site)
 
 

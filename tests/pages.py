@@ -76,6 +76,8 @@ IN_PLACE = [
     # A build that takes seconds: the later of two options counts.
     (r"(build_engines\.py .*)", r"\1 --budget 0 --size 64 --coreset 100 --k 1 --alpha 0"),
     (r"--shadow \d+", "--shadow 3"),
+    # Somebody else's model: tests/test_pages.py makes one beside the images.
+    (r"(inspectd import) model\.onnx", r"\1 images/model.onnx"),
     # The service's places, below a folder of the test's; `make install` as packagers do it, and what systemd adds to it.
     (r"sudo make install\b.*", "make install-files DESTDIR={box} && mkdir -p {box}/var/lib/inspectd/{{engines,keys}}"),
     (r"sudo (-u \S+ )?", ""),

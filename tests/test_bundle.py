@@ -315,7 +315,11 @@ VIOLATIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "branches": lambda fields: fields.update(branches=[]),
     "branches.0": lambda fields: fields.update(branches=["magic"]),
     "preprocessing.size": lambda fields: fields["preprocessing"].update(size=[64]),
-    "preprocessing.size.0": lambda fields: fields["preprocessing"].update(size=[65, 64]),
+    "preprocessing.size.0": lambda fields: fields["preprocessing"].update(size=[31, 64]),
+    "preprocessing.size.0: found 65, kind fused wants multiples of 32": lambda fields: fields["preprocessing"].update(
+        size=[65, 64]
+    ),
+    "branches: found ldknn, kind foreign wants map alone": lambda fields: fields.update(kind="foreign"),
     "preprocessing.size.1": lambda fields: fields["preprocessing"].update(size=[64, 1 << 20]),
     "preprocessing.mean": lambda fields: fields["preprocessing"].update(mean=[1, 2]),
     "preprocessing.std": lambda fields: fields["preprocessing"].update(std=[64.0, 0.0, 64.0]),

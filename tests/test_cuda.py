@@ -11,6 +11,7 @@ import threading
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 
 from daemon.bundle import BANK, NETWORKS, open_bundle, seal_bundle
@@ -251,6 +252,56 @@ def test_repair_alone_needs_no_bank(folder, keys, monkeypatch):
     found, wanted = backend.run(Frame(pixels))[0], on_cpu(bundle, pixels)
     assert np.abs(found.values - wanted.values).max() < 0.01 * np.abs(wanted.values).max()
     assert not [name for name in gpu.log if name.startswith("ldknn")]
+
+
+def with_map(data):
+    """The network of tests.bundles giving a map (P) alone: the mean square of a patch's features."""
+    model = onnx.load_from_string(with_repair(data))
+    del model.graph.output[0]
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "map"
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def map_tensors():
+    return {"image": ((1, 3, *SIZE), "HALF"), "map": ((64,), "FLOAT")}
+
+
+def make_map_engine(folder, keys, sigma):
+    """The folder as an engine whose network gives the map."""
+    (folder / NETWORKS).write_bytes(with_map((folder / NETWORKS).read_bytes()))
+    (folder / BANK).unlink()
+
+    def change(fields):
+        fields |= {"kind": "foreign", "branches": ["map"]}
+        fields["fusion"] = {"weights": {"map": 0.5}, "standardisation": {"map": STANDARD}, "smoothingSigma": sigma}
+
+    return seal_again(folder, keys, change)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 3.0])
+def test_a_map_that_the_network_gives_is_the_cpus(folder, keys, monkeypatch, sigma):
+    bundle = make_map_engine(folder, keys, sigma)
+    gpu = install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), map_tensors())))
+    backend = CudaBackend(bundle)
+    for pixels in (bundles.good_pixels(2, (80, 80)), bundles.bad_pixels(2, (80, 80))):
+        found, wanted = backend.run(Frame(pixels))[0], on_cpu(bundle, pixels)
+        assert np.abs(found.values - wanted.values).max() < 0.01 * np.abs(wanted.values).max()
+        assert found.score == found.values.max()
+    assert not [name for name in gpu.log if name.startswith("ldknn")]
+    recorded = [name for name, _ in gpu.graphs[1]]
+    assert recorded == [name for name in GRAPH if not name.startswith("ldknn")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"map": ((63,), "FLOAT")}, {"map": ((64,), "HALF")}, {"map": ((1, 64), "FLOAT")}, {"more": ((64,), "FLOAT")}],
+)
+def test_map_plan_with_other_tensors_is_refused(folder, keys, monkeypatch, change):
+    bundle = make_map_engine(folder, keys, 0.0)
+    install(monkeypatch, Gpu(plan=Plan(bundle.read(NETWORKS), map_tensors() | change)))
+    with pytest.raises(BundleError, match=r"found tensors .*, wanted"):
+        CudaBackend(bundle)
 
 
 # The order of calls

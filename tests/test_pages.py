@@ -20,6 +20,7 @@ from websockets.sync.client import connect
 
 from daemon.cli import cli
 from examples.parts import write_dataset
+from tests import models
 from tests.daemons import ROOT
 from tests.pages import (
     NOT_RUN,
@@ -65,6 +66,7 @@ def images(tmp_path_factory):
     shutil.move(folder / "all/bracket", folder / "labelled")
     shutil.copytree(folder / "labelled/test", folder / "new")
     shutil.rmtree(folder / "all")
+    models.template(folder / "model.onnx", folder / "cover")
     return folder
 
 

@@ -131,7 +131,7 @@ def test_the_manual_page_reads_as_it_should():
     said = subprocess.run([*command, ROOT / MANUAL], capture_output=True, text=True, timeout=60, check=True).stdout
     assert "inspectd - exactly one verdict for every part on a camera line" in said
     assert "inspectd keygen peer [OPTIONS] NAME" in said
-    assert "--false" not in said  # build_engines.py is no command of inspectd
+    assert "--coreset" not in said  # build_engines.py is no command of inspectd
     assert re.search(r"78 +configuration, keys or engine are wrong", said)
 
 

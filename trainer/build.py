@@ -24,7 +24,7 @@ from trainer.draft import Draft, cpu_backend, open_draft
 from trainer.progress import say, track, warn
 from trainer.schedule import Schedule
 from trainer.settings import FEW_IMAGES, Settings
-from trainer.site import Options, Site
+from trainer.site import Options, Order, Site
 
 if TYPE_CHECKING:
     from trainer.backbone import Backbone
@@ -203,7 +203,7 @@ def _repair_schedule(options: Options, site: Site) -> Schedule | None:
     return Schedule(seconds=seconds) if seconds >= _SHORTEST_TRAINING_S else None
 
 
-def find_scale(options: Options, site: Site, splits: Splits, draft: Draft) -> Draft:
+def find_scale(options: Order, site: Site, splits: Splits, draft: Draft) -> Draft:
     """Standardise each branch on the select split's patch scores."""
     backend = cpu_backend(open_draft(options, site, draft))
     scores: dict[str, list[FloatArray]] = {branch: [] for branch in draft.branches}

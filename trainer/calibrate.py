@@ -80,11 +80,14 @@ def conformal_limit(scores: FloatArray, wanted: float) -> Product:
 
 
 def standardise(patch_scores: FloatArray) -> Standardisation:
-    """Median and robust deviation of the select split's patch scores (any shape).
+    """Median and robust deviation of the select split's patch scores (any shape). Raises DataError for a nan.
 
     Where half the patches score the same, the plain deviation stands in; where all do, 1.
     """
     values = patch_scores.astype(np.float64).ravel()
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
+        raise DataError(f"found {broken} of {len(values)} patch scores that are not finite, wanted none")
     centre = float(np.median(values))
     for scale in (_TO_DEVIATION * float(np.median(np.abs(values - centre))), float(values.std())):
         if scale > 1e-6 * max(1.0, abs(centre)):

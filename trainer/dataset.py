@@ -32,6 +32,7 @@ _MOST_CORRUPT = 0.1  # of a folder; more is no accident but a wrong or broken fo
 _COMMON_ASPECT = math.log(1.25)  # between the 10th and the 90th percentile; beyond it the aspects are mixed
 _MARKS = "marks.json"  # in a folder that `inspectd review export` wrote (adapters/review/export.py)
 _CELL = 32  # the network's input sides are multiples of it
+_MOST_SELECT = 50  # images for the scale of a model from elsewhere: its map may have a value for each pixel
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Splits:
-    """Good images in three, each in capture order: the bank's, the settings', and the limit's alone."""
+    """Good images in three, each in capture order: the bank's, the settings', and the limit's alone.
+
+    `train` is empty where nothing is trained: for a model from elsewhere.
+    """
 
     train: tuple[Picture, ...]
     select: tuple[Picture, ...]
     calibrate: tuple[Picture, ...]
     skipped: tuple[str, ...]  # names of the corrupt files
-    few: bool = False  # too few to divide: the three are the same images, and each is left out once (trainer/few.py)
+    few: bool = False  # too few to divide: they are the same images, and each is left out once (trainer/few.py)
     added: tuple[Picture, ...] = ()  # good parts that a line rejected: learnt from, and nothing is measured on them
 
     @property
@@ -67,14 +71,15 @@ class Splits:
 
     @property
     def counts(self) -> dict[str, int]:
-        found = {"train": len(self.train), "select": len(self.select), "calibrate": len(self.calibrate)}
+        found = {"train": len(self.train)} if self.train else {}
+        found |= {"select": len(self.select), "calibrate": len(self.calibrate)}
         return {**found, "added": len(self.added)} if self.added else found
 
     @property
     def leaked(self) -> int:
         """Calibration images that are byte for byte training images: they make the limit too low."""
         if self.few:
-            return len(self.train) - len({picture.sha256 for picture in self.train})
+            return len(self.calibrate) - len({picture.sha256 for picture in self.calibrate})
         known = {picture.sha256 for picture in self.train}
         return sum(picture.sha256 in known for picture in self.calibrate)
 
@@ -164,6 +169,29 @@ def split(good: Path, select: Path | None, calibration: Path | None, threads: in
         calibrate=tuple(chosen.get("calibrate", pictures[train_n + select_n :])),
         skipped=tuple(skipped),
     )
+
+
+def split_untrained(good: Path, calibration: Path | None, threads: int) -> Splits:
+    """For a model that is trained already: the first fifth selects (at most 50), the others calibrate.
+
+    Fewer than 30 are not divided: nothing was made of them, so that each may do both. With a folder for the
+    calibration `good` selects alone. Raises DataError where fewer than two calibrate.
+    """
+    pictures, skipped = scan(good, threads)
+    few = calibration is None and len(pictures) < FEW_IMAGES
+    if calibration is not None:
+        select = pictures[:: -(-len(pictures) // _MOST_SELECT)]
+        pictures, faults = scan(calibration, threads)
+        skipped += faults
+    else:
+        select = pictures if few else pictures[: min(_MOST_SELECT, round(len(pictures) / 5))]
+        pictures = pictures if few else pictures[len(select) :]
+    if len(pictures) < 2:
+        raise DataError(
+            f"{calibration or good}: found {len(pictures)} good image for the limit, wanted at least 2, and better 100 "
+            "or more that the model was not trained on"
+        )
+    return Splits((), tuple(select), tuple(pictures), tuple(skipped), few=few)
 
 
 def add(splits: Splits, folders: Sequence[Path], product: str, threads: int) -> Splits:

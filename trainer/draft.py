@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save
@@ -20,7 +20,7 @@ from trainer import calibrate
 from trainer.calibrate import GoodScores
 from trainer.golden import TOLERANCE
 from trainer.settings import Settings
-from trainer.site import Options, Site
+from trainer.site import Order, Site
 
 _NOT_STANDARDISED = Standardisation(centre=0.0, scale=1.0)
 _NO_LIMIT = Product(
@@ -35,6 +35,8 @@ class Draft:
     preprocessing: Preprocessing
     grid: tuple[int, int]
     settings: Settings
+    kind: Literal["fused", "crr", "foreign"] = "fused"
+    smoothing: float | None = None  # sigma in pixels of the network's input; None: as calibrate says for its size
     branches: tuple[str, ...] = ()
     standardisation: Mapping[str, Standardisation] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)  # a branch that is not named has the weight 1
@@ -42,11 +44,11 @@ class Draft:
     product: Product = _NO_LIMIT
     golden: tuple[GoldenFrame, ...] = ()
     bank_rows: int = 0
-    kind: str = "fused"
-    score_rule: str = "max"
+    notes: tuple[str, ...] = ()  # what the report tells of a network that came from elsewhere
+    score_rule: Literal["max", "top1pct"] = "max"
 
 
-def open_draft(options: Options, site: Site, draft: Draft) -> Pipeline:
+def open_draft(options: Order, site: Site, draft: Draft) -> Pipeline:
     """The daemon's pipeline on the draft; its backend is the caller's to close."""
     unsigned = _draft_bundle(options, site, draft, np.zeros(1, np.float32))
     return Pipeline(unsigned, open_backend(unsigned, "cpu", "f32", options.threads))
@@ -58,12 +60,12 @@ def cpu_backend(pipeline: Pipeline) -> CpuBackend:
     return pipeline.backend
 
 
-def with_limit(options: Options, site: Site, draft: Draft, scores: GoodScores, pipeline: Pipeline) -> Pipeline:
+def with_limit(options: Order, site: Site, draft: Draft, scores: GoodScores, pipeline: Pipeline) -> Pipeline:
     """The same pipeline, with the limit known; stores the calibration scores."""
     return Pipeline(_draft_bundle(options, site, draft, np.sort(scores.calibrate)), pipeline.backend)
 
 
-def _draft_bundle(options: Options, site: Site, draft: Draft, scores: FloatArray) -> bundle.Bundle:
+def _draft_bundle(options: Order, site: Site, draft: Draft, scores: FloatArray) -> bundle.Bundle:
     """An unsigned bundle over the files that are there, with `scores` (n,) as the calibration."""
     (site.folder / CALIBRATION).write_bytes(save({options.name: scores}))
     names = (NETWORKS, CALIBRATION, *([BANK] if "ldknn" in draft.branches else []))
@@ -75,7 +77,7 @@ def _draft_bundle(options: Options, site: Site, draft: Draft, scores: FloatArray
     return bundle.Bundle(site.folder, Manifest.model_validate(fields), digest="")
 
 
-def manifest_fields(options: Options, site: Site, draft: Draft) -> dict[str, Any]:
+def manifest_fields(options: Order, site: Site, draft: Draft) -> dict[str, Any]:
     """The manifest without metrics, training and files."""
     return {
         "format": bundle.FORMAT,
@@ -94,9 +96,13 @@ def manifest_fields(options: Options, site: Site, draft: Draft) -> dict[str, Any
             "standardisation": {
                 branch: draft.standardisation.get(branch, _NOT_STANDARDISED).model_dump() for branch in draft.branches
             },
-            "smoothingSigma": calibrate.smoothing_sigma(draft.preprocessing.size),
+            "smoothingSigma": _smoothing_sigma(draft),
         },
         "scoreRule": draft.score_rule,
         "products": {options.name: draft.product.model_dump()},
         "golden": {"frames": [frame.model_dump() for frame in draft.golden], "tolerance": TOLERANCE},
     }
+
+
+def _smoothing_sigma(draft: Draft) -> float:
+    return calibrate.smoothing_sigma(draft.preprocessing.size) if draft.smoothing is None else draft.smoothing

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from daemon.errors import DeviceError
 from trainer.backbone import Backbone, PatchFeatures
 from trainer.crr import CrrMap
+from trainer.onnxfile import strip_notes
 from trainer.repair import RepairScore
 from trainer.settings import View
 
@@ -117,23 +118,10 @@ def _export(module: nn.Module, size: tuple[int, int], names: list[str], path: Pa
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     model = onnx.load(path)
-    _strip(model)
+    strip_notes(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
     _compare(path, example.numpy(), dict(zip(names, wanted, strict=False)))
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Take out the exporter's notes: they hold stack traces, and so the builder's paths."""
-    del model.metadata_props[:]
-    model.graph.doc_string = ""
-    del model.graph.metadata_props[:]
-    for item in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    for tensor in model.graph.initializer:
-        tensor.doc_string = ""
-        del tensor.metadata_props[:]
 
 
 def _compare(path: Path, image: np.ndarray, wanted: dict[str, np.ndarray]) -> None:

@@ -26,7 +26,7 @@ from trainer.draft import Draft, manifest_fields
 from trainer.golden import pick_golden, write_golden
 from trainer.progress import say, track, warn
 from trainer.settings import FEW_IMAGES
-from trainer.site import Options, Site
+from trainer.site import Order, Site
 
 if TYPE_CHECKING:
     from trainer.evaluate import Evaluation
@@ -35,18 +35,17 @@ _LIBRARIES = ("torch", "onnx", "openvino", "numpy", "opencv-python-headless")
 _TIMED = 15  # frames
 
 
-def score_good(options: Options, site: Site, splits: Splits, draft: Draft, pipeline: Pipeline) -> GoodScores:
+def score_good(options: Order, site: Site, splits: Splits, draft: Draft, pipeline: Pipeline) -> GoodScores:
     """Scores as the daemon will give them, of all images that the bank has not seen."""
-    if splits.few:
+    if splits.few and splits.train:
         from trainer.few import leave_one_out
 
         scores = leave_one_out(options, site, splits.train, draft, splits.added)
         own = _score(pipeline, splits.train, "the engine's own score of the image") if len(scores) == 1 else scores
         return GoodScores(own, scores)
-    return GoodScores(
-        _score(pipeline, splits.select, "scores of the select images"),
-        _score(pipeline, splits.calibrate, "scores of the calibration images"),
-    )
+    calibrate = _score(pipeline, splits.calibrate, "scores of the calibration images")
+    select = calibrate if splits.few else _score(pipeline, splits.select, "scores of the select images")
+    return GoodScores(select, calibrate)
 
 
 def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatArray:
@@ -58,7 +57,7 @@ def _score(pipeline: Pipeline, pictures: Sequence[Picture], what: str) -> FloatA
 class Finished:
     """A product of the engine: its limit and golden frames are in the draft, `look` is for quality.safetensors."""
 
-    options: Options
+    options: Order
     splits: Splits
     draft: Draft
     scores: GoodScores
@@ -66,10 +65,11 @@ class Finished:
     evaluation: Evaluation | None
 
 
-def measure_images(options: Options, splits: Splits, draft: Draft) -> dict[str, FloatArray]:
+def measure_images(options: Order, splits: Splits, draft: Draft) -> dict[str, FloatArray]:
     """How the good images look, so that the daemon can tell a changed camera from a bad part."""
     preprocessing = draft.preprocessing
-    trained = (dataset.read_frame(picture.path) for picture in track(splits.train, "the mean picture"))
+    shown = splits.train or splits.select  # nothing of ours is trained on the images for a model from elsewhere
+    trained = (dataset.read_frame(picture.path) for picture in track(shown, "the mean picture"))
     pictures = quality.thumbnails(trained, preprocessing)
     calibrating = (dataset.read_frame(p.path) for p in track(splits.calibrate, "how the calibration images look"))
     means = quality.without_each(pictures) if splits.few else pictures.mean(0)
@@ -77,7 +77,7 @@ def measure_images(options: Options, splits: Splits, draft: Draft) -> dict[str, 
     return quality.tensors(options.name, pictures.mean(0), found)
 
 
-def set_limit(options: Options, draft: Draft, scores: GoodScores) -> Draft:
+def set_limit(options: Order, draft: Draft, scores: GoodScores) -> Draft:
     """The conformal limit from the calibration scores alone."""
     product = calibrate.conformal_limit(scores.calibrate, options.false_reject)
     if product.n == 1:
@@ -91,9 +91,12 @@ def find_doubts(splits: Splits, draft: Draft, scores: GoodScores, *, is_tested: 
     """Warn of everything that makes the limit doubtful; the report repeats it."""
     doubts = calibrate.find_doubts(draft.product, scores)
     if splits.few:
+        how = (
+            "each was scored by an engine made without it" if splits.train else "scale and limit rest on the same ones"
+        )
         doubts.append(
-            f"{len(splits.train)} good images are too few to divide (wanted {FEW_IMAGES} or more): each was scored by "
-            "an engine made without it, so the limit is rough; build again when there are more"
+            f"{len(splits.calibrate)} good images are too few to divide (wanted {FEW_IMAGES} or more): {how}, so the "
+            "limit is rough; build again when there are more"
         )
     if splits.few and splits.leaked:
         doubts.append(f"{splits.leaked} of the images are copies of others: the limit is too low")
@@ -112,7 +115,7 @@ def find_doubts(splits: Splits, draft: Draft, scores: GoodScores, *, is_tested: 
 
 
 def add_golden(
-    options: Options, site: Site, splits: Splits, draft: Draft, *, scores: GoodScores, pipeline: Pipeline
+    options: Order, site: Site, splits: Splits, draft: Draft, *, scores: GoodScores, pipeline: Pipeline
 ) -> Draft:
     """Keep a few frames with their scores, for every machine to reproduce."""
     # A golden score is this engine's own; scores with one image left out are other engines'.
@@ -121,7 +124,7 @@ def add_golden(
     return replace(draft, golden=tuple(write_golden(site.folder, options.name, golden)))
 
 
-def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
+def judge_test(options: Order, pipeline: Pipeline) -> Evaluation | None:
     """Judge the labelled test folder, where one is given."""
     if options.test is None:
         return None
@@ -130,44 +133,52 @@ def judge_test(options: Options, pipeline: Pipeline) -> Evaluation | None:
     return evaluate_images(pipeline, options.test, options.name)
 
 
-def describe_training(site: Site, finished: Sequence[Finished]) -> dict[str, Any]:
+def describe_training(site: Site, finished: Sequence[Finished], **more: Any) -> dict[str, Any]:
     """What the engine was made of and with: enough to make it again. Of several products, one entry for each."""
-    options = finished[0].options
     data = [_describe_data(each) for each in finished]
     return {
         **(data[0] if len(data) == 1 else {"products": data}),
-        "seed": options.seed,
+        **more,
         "versions": {"inspectd": __version__, **{name: library_version(name) for name in _LIBRARIES}},
         "buildSeconds": round(monotonic() - site.started, 1),
     }
 
 
 def _describe_data(product: Finished) -> dict[str, Any]:
-    options, splits = product.options, product.splits
-    given = {key: value.name if isinstance(value, Path) else value for key, value in asdict(options).items()}
-    given["add"] = [path.name for path in options.add]
-    images = {"dataDigest": splits.digest, "images": splits.counts, "skipped": list(splits.skipped)}
-    return {**images, "options": given}
+    splits = product.splits
+    return {
+        "dataDigest": splits.digest,
+        "images": splits.counts,
+        "skipped": list(splits.skipped),
+        "options": {key: _without_folders(value) for key, value in asdict(product.options).items()},
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths by their names alone: where they lay is nobody else's business."""
+    if isinstance(value, tuple):
+        return [_without_folders(item) for item in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def write_report(
-    options: Options, site: Site, splits: Splits, chosen: Chosen | None, draft: Draft, *,
+    options: Order, site: Site, splits: Splits, chosen: Chosen | None, draft: Draft, *,
     scores: GoodScores, doubts: list[str], pipeline: Pipeline, evaluation: Evaluation | None,
 ) -> None:  # fmt: skip
-    """Write report.html into the bundle; where it has several products, report-PRODUCT.html."""
+    """Write report.html into the bundle, of kind crr report-PRODUCT.html. `chosen` is None where nothing was chosen."""
     from trainer.report import Contents
     from trainer.report import write_report as write
 
     seconds = monotonic() - site.started
-    reasons = tuple(line for line in (chosen.tuning if chosen else "", draft.weighing) if line)
-    choice = chosen.choice if chosen else None
+    reasons = tuple(line for line in (chosen.tuning if chosen else "", draft.weighing, *draft.notes) if line)
     contents = Contents(
-        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation, choice, reasons
+        pipeline, options.name, splits, scores, draft.bank_rows, seconds, doubts, evaluation,
+        chosen.choice if chosen else None, reasons,
     )  # fmt: skip
-    write(site.folder / ("report.html" if chosen else f"report-{options.name}.html"), contents)
+    write(site.folder / (f"report-{options.name}.html" if draft.kind == "crr" else "report.html"), contents)
 
 
-def _say_time(pipeline: Pipeline, options: Options) -> None:
+def _say_time(pipeline: Pipeline, budget_ms: float | None) -> None:
     """What a frame takes on this machine, which the choice by nominal cost does not know."""
     first = pipeline.bundle.manifest.golden.frames[0].file
     frame = read_golden(pipeline.bundle.read(first), first)
@@ -177,23 +188,28 @@ def _say_time(pipeline: Pipeline, options: Options) -> None:
         pipeline.anomaly_map(frame)
         spent_ms.append(1000.0 * (perf_counter() - started))
     found = median(spent_ms)
-    say(f"a frame takes {found:.1f} ms here, --budget-ms is {options.budget_ms:g}")
-    if found > options.budget_ms:
+    say(f"a frame takes {found:.1f} ms here" + ("" if budget_ms is None else f", --budget-ms is {budget_ms:g}"))
+    if budget_ms is not None and found > budget_ms:
         warn(
-            f"a frame takes {found:.1f} ms on this machine, more than the {options.budget_ms:g} wanted: settings are "
+            f"a frame takes {found:.1f} ms on this machine, more than the {budget_ms:g} wanted: settings are "
             "chosen by their cost on the reference machine; where the line's is like this one, lower --budget-ms"
         )
 
 
-def add_targets(options: Options, site: Site) -> None:
+def add_targets(options: Order, site: Site, draft: Draft) -> None:
     """What the engine needs on GPUs."""
     if options.targets != ("cpu",):
         from trainer import plans
 
-        plans.add_targets(site.folder, options.targets)
+        scaling = list(zip(draft.preprocessing.mean, draft.preprocessing.std, strict=True))
+        darkest = min(-mean / std for mean, std in scaling)
+        brightest = max((255.0 - mean) / std for mean, std in scaling)
+        plans.add_targets(site.folder, options.targets, (darkest, brightest))
 
 
-def seal(name: str, site: Site, finished: Sequence[Finished], training: dict[str, Any]) -> None:
+def seal(
+    name: str, site: Site, finished: Sequence[Finished], training: dict[str, Any], *, budget_ms: float | None = None
+) -> None:
     """Sign the bundle, then open it as the daemon will and replay the golden frames."""
     (site.folder / bundle.CALIBRATION).write_bytes(
         save({each.options.name: np.sort(each.scores.calibrate) for each in finished})
@@ -213,6 +229,6 @@ def seal(name: str, site: Site, finished: Sequence[Finished], training: dict[str
     sealed = bundle.open_bundle(site.folder, site.trusted)
     pipeline = Pipeline(sealed, open_backend(sealed, "cpu", "f32", options.threads))
     deviation = check_golden(pipeline)
-    _say_time(pipeline, options)
+    _say_time(pipeline, budget_ms)
     pipeline.backend.close()
     say(f"golden frames: {len(frames)} reproduced, at most {deviation:.1%} of what is allowed")

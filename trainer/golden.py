@@ -49,19 +49,29 @@ def pick_golden(pipeline: Pipeline, pictures: Sequence[Picture], scores: FloatAr
     if not golden:
         warn("the calibration scores are all but equal: no good frame is far enough from the limit to be golden")
     median = read_frame(pictures[int(order[(len(order) - 1) // 2])].path)
-    return [*golden, spoil_until_rejected(pipeline, median, product.limit + _REJECT_MARGIN * span)]
+    wanted, least = (product.limit + margin * span for margin in (_REJECT_MARGIN, _MARGIN))
+    return [*golden, spoil_until_rejected(pipeline, median, wanted, least)]
 
 
-def spoil_until_rejected(pipeline: Pipeline, frame: Frame, wanted: float) -> Golden:
-    """The frame with a soft-edged ellipse on it, grown and deepened until its score reaches `wanted`."""
+def spoil_until_rejected(pipeline: Pipeline, frame: Frame, wanted: float, least: float) -> Golden:
+    """The frame with a soft-edged ellipse on it, grown and deepened until its score reaches `wanted`.
+
+    A model whose values end somewhere may never reach that: its worst frame will do from `least` on.
+    """
+    worst: Golden | None = None
     for step in range(1, _STEPS + 1):
         spoilt = replace(frame, pixels=_paste_ellipse(frame.pixels, step / _STEPS))
         score = pipeline.anomaly_map(spoilt).score
+        if worst is None or score > worst.score:
+            worst = Golden(spoilt, score, Outcome.REJECT)
         if score >= wanted:
-            return Golden(spoilt, score, Outcome.REJECT)
+            return worst
+    if worst is not None and worst.score >= least:
+        return worst
     raise DataError(
-        f"the engine gives {score:.4g} to a good frame half covered by a patch, wanted {wanted:.4g} or more: it cannot "
-        "tell good from bad; look at the training images (are there bad ones, or other scenes, among them?)"
+        f"the engine gives {score:.4g} to a good frame half covered by a patch, wanted {least:.4g} or more: it cannot "
+        "tell good from bad; look at the training images (are there bad ones, or other scenes, among them?), and with "
+        "a model from elsewhere at its pixels, colours and output: a higher value has to mean a worse part"
     )
 
 

@@ -38,12 +38,15 @@ _OPTIMISATION = 5  # the longest search for the fastest kernels
 _WORKSPACE_BYTES = 1 << 30
 
 
-def add_targets(folder: Path, targets: tuple[str, ...]) -> None:
-    """Put into the bundle's folder what its targets beside `cpu` need. Raises DeviceError, UsageError."""
+def add_targets(folder: Path, targets: tuple[str, ...], pixels: tuple[float, float] = (-1.0, 1.0)) -> None:
+    """Put into the bundle's folder what its targets beside `cpu` need. Raises DeviceError, UsageError.
+
+    `pixels`: the darkest and the brightest that the network gets to see.
+    """
     gpu = [target for target in targets if target != "cpu"]
     if not gpu:
         return
-    convert_to_fp16(folder / NETWORKS, folder / FP16_NETWORKS)
+    convert_to_fp16(folder / NETWORKS, folder / FP16_NETWORKS, pixels)
     for target in gpu:
         kind, _, capability = target.partition(":sm")
         if kind == "trt":
@@ -53,34 +56,27 @@ def add_targets(folder: Path, targets: tuple[str, ...]) -> None:
         compile_kernels(capability, folder)
 
 
-def convert_to_fp16(source: Path, target: Path) -> None:
+def convert_to_fp16(source: Path, target: Path, pixels: tuple[float, float] = (-1.0, 1.0)) -> None:
     """The networks with FP16 weights and tensors, input `image` in FP16, outputs in FP32.
 
     Raises DeviceError where FP16 cannot hold them.
     """
-    from onnxconverter_common import float16
-
-    largest = float(np.max([np.abs(values).max() for values in _run(source, np.float32, every_layer=True)]))
+    layers = _run(source, np.float32, pixels, every_layer=True)
+    # Exporters mark what is not set by a nan inside; one that reaches an output is found below.
+    largest = max(float(np.nanmax(np.abs(values), initial=0.0)) for values in layers)
     if not largest <= _LARGEST_VALUE:
         raise DeviceError(
             f"{source.name}: found values up to {largest:.3g} between its layers, wanted at most {_LARGEST_VALUE:.0f}: "
             "FP16 ends at 65504; build for the CPU alone (--targets cpu)"
         )
-    model = onnx.load(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights below FP16's smallest, which become zero or that
-        blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *_IN_F32]
-        half = float16.convert_float_to_float16(model, keep_io_types=False, op_block_list=blocked)
-    for output in half.graph.output:
-        inner = f"{output.name}_fp16"
-        for node in half.graph.node:
-            node.output[:] = [inner if name == output.name else name for name in node.output]
-            node.input[:] = [inner if name == output.name else name for name in node.input]
-        half.graph.node.append(helper.make_node("Cast", [inner], [output.name], to=TensorProto.FLOAT))
-        output.type.tensor_type.elem_type = TensorProto.FLOAT
-    onnx.checker.check_model(half, full_check=True)
-    onnx.save(half, target)
-    deviation = _deviation(source, target)
+    try:
+        onnx.save(_in_half(onnx.load(source)), target)
+        deviation = _deviation(source, target, pixels)
+    except Exception as error:  # the converter has no type of its own for a network that it leaves half converted
+        said = " ".join(str(error).split())[:400]
+        raise DeviceError(
+            f"{source.name}: cannot be brought to FP16: {said}; build for the CPU alone (--targets cpu)"
+        ) from error
     if not deviation <= _LARGEST_DEVIATION:
         raise DeviceError(
             f"{target.name}: off by {deviation:.1%} of the largest value with its weights in FP16, wanted at most "
@@ -89,17 +85,41 @@ def convert_to_fp16(source: Path, target: Path) -> None:
     say(f"networks in FP16: {target.stat().st_size / 1e6:.1f} MB, off by {deviation:.2%} of the largest value at most")
 
 
-def _deviation(source: Path, target: Path) -> float:
+def _in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxconverter_common import float16
+
+    for node in model.graph.node:  # the converter takes a cast to FP32 for one of its own
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights below FP16's smallest, which become zero or that
+        blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *_IN_F32]
+        half: onnx.ModelProto = float16.convert_float_to_float16(model, keep_io_types=False, op_block_list=blocked)
+    for output in half.graph.output:
+        inner = f"{output.name}_fp16"
+        for node in half.graph.node:
+            node.output[:] = [inner if name == output.name else name for name in node.output]
+            node.input[:] = [inner if name == output.name else name for name in node.input]
+        half.graph.node.append(helper.make_node("Cast", [inner], [output.name], to=TensorProto.FLOAT))
+        output.type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.checker.check_model(half, full_check=True)
+    return half
+
+
+def _deviation(source: Path, target: Path, pixels: tuple[float, float]) -> float:
     """The largest difference of any output on a random image, as a fraction of that output's largest value.
 
     It shows what rounding the weights does. The CPU computes with them in FP32, so what is beyond FP16 between the
     layers is looked for apart.
     """
-    pairs = zip(_run(source, np.float32), _run(target, np.float16), strict=True)
+    pairs = zip(_run(source, np.float32, pixels), _run(target, np.float16, pixels), strict=True)
     return max(float(np.abs(ours - theirs).max() / np.abs(theirs).max()) for theirs, ours in pairs)
 
 
-def _run(path: Path, dtype: npt.DTypeLike, *, every_layer: bool = False) -> list[npt.NDArray[Any]]:
+def _run(
+    path: Path, dtype: npt.DTypeLike, pixels: tuple[float, float], *, every_layer: bool = False
+) -> list[npt.NDArray[Any]]:
     """The outputs on a random image, or those of every layer that has a float one."""
     core = ov.Core()
     model = core.read_model(path)
@@ -107,7 +127,7 @@ def _run(path: Path, dtype: npt.DTypeLike, *, every_layer: bool = False) -> list
         inner = [node for node in model.get_ops() if node.get_type_name() not in ("Result", "Constant", "Parameter")]
         model.add_outputs([port for node in inner for port in node.outputs() if port.get_element_type() == ov.Type.f32])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    image = np.random.default_rng(0).uniform(-1.0, 1.0, tuple(compiled.input(0).shape)).astype(dtype)
+    image = np.random.default_rng(0).uniform(*pixels, tuple(compiled.input(0).shape)).astype(dtype)
     found = compiled([image])
     return [found[index] for index in range(len(compiled.outputs))]
 

@@ -50,7 +50,9 @@ class Contents:
     doubts: Sequence[str]
     evaluation: Evaluation | None
     choice: Choice | None = None
-    reasons: tuple[str, ...] = ()  # why fine-tuning and the repair branch were taken, or not
+    reasons: tuple[
+        str, ...
+    ] = ()  # why fine-tuning and the repair branch were taken or not; what a model was found to be
 
 
 def write_report(path: Path, contents: Contents) -> None:
@@ -109,16 +111,11 @@ def _facts(contents: Contents) -> str:
         "Created": manifest.created,
         "Good images": ", ".join(f"{count} {split}" for split, count in contents.splits.counts.items()),
         "Network input": f"{width} x {height}, {manifest.grid[1]} x {manifest.grid[0]} patches",
-        **(
-            {
-                "Neighbours K, density weight alpha": f"{manifest.k}, {manifest.alpha:g}",
-                "Memory bank": f"{contents.bank_rows} patches",
-            }
-            if "ldknn" in manifest.branches
-            else {}
-        ),
-        "Build": f"{contents.build_seconds:.1f} s",
     }
+    if "map" not in manifest.branches:
+        facts["Neighbours K, density weight alpha"] = f"{manifest.k}, {manifest.alpha:g}"
+        facts["Memory bank"] = f"{contents.bank_rows} patches"
+    facts["Build"] = f"{contents.build_seconds:.1f} s"
     return _table([(escape(name), escape(value)) for name, value in facts.items()])
 
 
@@ -126,7 +123,8 @@ def _choice(contents: Contents) -> str:
     """The settings' reason, the best of the grid, and where plain 1-NN stands."""
     choice = contents.choice
     if choice is None:
-        return "\n".join(f"<p>{escape(reason)}</p>" for reason in contents.reasons)
+        told = "".join(f"<p>{escape(reason)}</p>" for reason in contents.reasons)
+        return f"<h2>The model</h2>{told}" if told else ""
     lines = [f"<h2>Settings</h2><p>{escape(in_words(choice.settings))}: {escape(choice.reason)}.</p>"]
     lines += [f"<p>{escape(reason)}</p>" for reason in contents.reasons]
     if choice.trials:

@@ -33,21 +33,29 @@ _OF_ONE = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line of build_engines.py for one product."""
+class Order:
+    """What every command that makes a bundle is told; of several products, for one of them."""
 
     name: str
     good: Path
-    select: Path | None
     calibration: Path | None
     test: Path | None
-    add: tuple[Path, ...]
     out: Path
     keys: Path
+    false_reject: float
+    targets: tuple[str, ...]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Options(Order):
+    """The command line of build_engines.py for one product."""
+
+    select: Path | None
+    add: tuple[Path, ...]
     textures: Path | None
     preview: Path | None
     branches: tuple[str, ...]
-    false_reject: float
     budget_ms: float
     budget: float
     steps: int | None
@@ -60,8 +68,6 @@ class Options:
     coreset: int | None
     backbone: str
     weights: Path | None
-    targets: tuple[str, ...]
-    threads: int
     seed: int
     kind: str = "fused"
     without: tuple[str, ...] = ()
@@ -112,6 +118,21 @@ def check_options(context: click.Context) -> None:
         raise UsageError(f"found {named}, wanted them without --kind crr: they are of an engine for one product")
 
 
+def check_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    """An option's or argument's: a folder below engines/, and what a configuration may name."""
+    if not PRODUCT.fullmatch(name):
+        raise click.BadParameter(f"found {name!r}, wanted 1 to 64 of A-Z a-z 0-9 _ . -, the first a letter or digit")
+    return name
+
+
+def check_targets(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """Of --targets."""
+    try:
+        return parse_targets(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def parse_targets(text: str) -> tuple[str, ...]:
     """ "cpu,rtx:sm86` -> ("cpu", "rtx:sm86"). Raises UsageError."""
     targets = tuple(dict.fromkeys(text.split(",")))
@@ -145,7 +166,7 @@ class Site:
 
 
 @contextmanager
-def open_site(options: Options) -> Iterator[Site]:
+def open_site(options: Order) -> Iterator[Site]:
     """Make or load the signing key, and the hidden folder; what is left of it goes when the build ends.
 
     Raises ConfigError where the finished bundle could not be opened with the folder's trusted keys.
