@@ -60,7 +60,7 @@ def walk_page(walk: Walk, page: str) -> None:
 def images(tmp_path_factory):
     """As a user has them: good ones of two products, the line's next parts, and some with labels."""
     folder = tmp_path_factory.mktemp("images")
-    for name, size_hw in (("bracket", (96, 96)), ("cover", (96, 192))):
+    for name, size_hw in (("bracket", (96, 96)), ("cover", (96, 192)), ("lid", (96, 96))):
         write_dataset(folder / "all" / name, good_train=30, good_test=4, defects_each=1, size_hw=size_hw)
         shutil.move(folder / "all" / name / "train/good", folder / name)
     shutil.move(folder / "all/bracket", folder / "labelled")
