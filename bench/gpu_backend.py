@@ -43,7 +43,8 @@ def check_backend(
     """Frames of these sizes, the first one twice and in each layout, against the references; then it is closed."""
     features, core, density = make_features(grid[0] * grid[1], rows, 24, 0)
     manifest = SimpleNamespace(
-        grid=grid, branches=["ldknn"], alpha=_ALPHA, files=[], products={"p": SimpleNamespace(mapLimit=0.0)},
+        grid=grid, branches=["ldknn"], alpha=_ALPHA, scoreRule="max", files=[],
+        products={"p": SimpleNamespace(mapLimit=0.0)},
         preprocessing=SimpleNamespace(size=size, mean=MEAN, std=STD),
         fusion=SimpleNamespace(
             smoothingSigma=_SIGMA, weights={"ldknn": 1.0},

@@ -75,7 +75,7 @@ MADE = (
 IN_PLACE = [
     # A build that takes seconds: the later of two options counts.
     (r"(build_engines\.py (?!.*--kind crr).*)", r"\1 --budget 0 --size 64 --coreset 100 --k 1 --alpha 0"),
-    (r"(build_engines\.py .*--kind crr.*)", r"\1 --steps 2 --size 64 --threads 1"),
+    (r"(build_engines\.py .*--kind crr.*)", r"\1 --steps 40 --size 64 --threads 1"),
     (r"--shadow \d+", "--shadow 3"),
     # Somebody else's model: tests/test_pages.py makes one beside the images.
     (r"(inspectd import) model\.onnx", r"\1 images/model.onnx"),
