@@ -616,3 +616,10 @@ def test_peer_that_may_not_hear_cannot_take_over_anothers_subscription(
     victim.subscribe("result/")  # asks again: now it is heard
     line.serve(lambda: (line.ports.results.send_multipart([b"result/test/cam1", b""]), taken(victim))[1])
     assert keys.denied == ["WRONG_ROLE"] + 3 * ["NO_SUBSCRIPTION"] + 4 * ["UNSURE_SENDER"]
+
+
+def test_connecting_to_what_is_no_address_leaves_no_open_socket():
+    context = zmq.Context()
+    with pytest.raises(zmq.ZMQError):
+        connect(context, zmq.DEALER, "carrier-pigeon://roof", None)
+    context.term()  # would wait for an open one for ever

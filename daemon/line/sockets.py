@@ -232,8 +232,12 @@ def connect(
     3937) aborts the process when it reads again, because the old connection's full queue wakes the new connection.
     """
     socket = _client(context, kind, address, keys)
-    socket.set(zmq.IMMEDIATE, immediate)
-    socket.connect(address)
+    try:
+        socket.set(zmq.IMMEDIATE, immediate)
+        socket.connect(address)
+    except BaseException:
+        socket.close()  # a context that is forgotten waits for its open sockets for ever, in whoever collects garbage
+        raise
     return socket
 
 
