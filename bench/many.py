@@ -147,8 +147,8 @@ def one_run(places: dict[str, tuple[Path, Path, Path]], options: list[str]) -> d
 
 def agreement(pipeline: Pipeline, tested: Path) -> dict[str, float | None]:
     """Cosine of encoder and decoder on patches of real defects and elsewhere; None where the map is not that alone."""
-    truth, weights = tested / "ground_truth", pipeline.bundle.manifest.training["products"]
-    is_pure = all("segmentation" in each["options"]["without"] for each in weights)
+    truth, training = tested / "ground_truth", pipeline.bundle.manifest.training
+    is_pure = all("segmentation" in each["options"]["without"] for each in training.get("products", [training]))
     if not is_pure or not truth.is_dir():
         return {"cosineOnDefects": None, "cosineElsewhere": None}
     backend, grid = cpu_backend(pipeline), pipeline.bundle.manifest.grid

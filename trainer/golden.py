@@ -50,6 +50,8 @@ def pick_golden(pipeline: Pipeline, pictures: Sequence[Picture], scores: FloatAr
         warn("the calibration scores are all but equal: no good frame is far enough from the limit to be golden")
     median = read_frame(pictures[int(order[(len(order) - 1) // 2])].path)
     wanted, least = (product.limit + margin * span for margin in (_REJECT_MARGIN, _MARGIN))
+    if pipeline.bundle.manifest.kind != "foreign":
+        least = wanted  # a map of our own has no end: one that does not get there is blind
     return [*golden, spoil_until_rejected(pipeline, median, wanted, least)]
 
 
