@@ -171,7 +171,7 @@ def measure_memory(places: dict[str, tuple[Path, Path, Path]], threads: int) -> 
     found = {}
     for what, group in (("oneProductMb", dict([next(iter(places.items()))])), ("allProductsMb", places)):
         frames = [str(path) for _, calibration, _ in group.values() for path in sorted(calibration.iterdir())][:50]
-        with built(group, ["--steps", "1", "--threads", str(threads)]) as (bundle, trusted, _, _):
+        with built(group, ["--steps", "200", "--threads", str(threads)]) as (bundle, trusted, _, _):
             command = [sys.executable, "-c", _MEMORY, str(bundle), str(trusted), *frames]
             done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         found[what] = int(done.stdout) / 1024
